@@ -1,0 +1,252 @@
+"""Our own settings, the ranges of all settings, and the one error type for what a user can cause.
+
+Imports no torch: recipes are read without it.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Literal, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchtitan.config import ParallelismConfig
+
+
+class UserError(ValueError):
+    """A mistake in a recipe, a train config or a flag: one line says all, no traceback.
+
+    Args:
+        message: the place, the value and the way out.
+        table, key: the setting, if it is one, so that a reader of TOML can name the file.
+    """
+
+    def __init__(self, message: str, *, table: str | None = None, key: str | None = None):
+        super().__init__(message)
+        self.table, self.key = table, key
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """``" Did you mean 'x'?"`` for the choice closest to ``word``, or the list of choices."""
+    # A mistyped letter scores above 0.6; so does a key with its words in another order.
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Choose from: {', '.join(sorted(choices))}." if choices else ""
+
+
+@dataclass(kw_only=True, slots=True)
+class NITPConfig:
+    """Settings of the NITP objective; the defaults are the paper's choices (Tables 3, 7, 8)."""
+
+    weight: float = 0.0
+    """Weight lambda of the NITP loss (Eq. 4). 0 switches NITP off: TorchTitan's own model and loss run."""
+
+    target_layer: int | None = None
+    """Layer whose output is the implicit token, 1 to the number of layers; 0 is the token embedding (Eq. 2)."""
+
+    objective: Literal["nitp", "cosine_regularizer"] = "nitp"
+    """Auxiliary objective: NITP, or the generic cosine regulariser of the paper's ablation, which only
+    pushes the hidden states of a sequence apart and uses no target, loss or projector."""
+
+    loss: Literal["cosine", "mse", "smooth_l1", "kl"] = "cosine"
+    """Distance between projected state and implicit token."""
+
+    temporal_shift: Literal[0, 1] = 1
+    """1 compares the state at t with the implicit token t+1; 0 with that of the same position."""
+
+    stop_gradient: bool = True
+    """Keep gradients out of the implicit token."""
+
+    start_step: int = 0
+    """Step after which the NITP loss is trained; before, it is only measured."""
+
+    projector: Literal["swiglu", "none"] = "swiglu"
+    """Projector of the hidden state: SwiGLU d -> width x d -> d without biases, or none."""
+
+    projector_width: float = 4.0
+    """Hidden width of the projector as a multiple of the model dimension d."""
+
+    num_chunks: int = 4
+    """Chunks of the sequence in which the NITP loss is computed; more chunks need less memory."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.weight > 0
+
+    def __post_init__(self) -> None:
+        finite = 0 <= self.weight < float("inf")
+        self._require(finite, "weight", "a finite number, at least 0")
+        self._require(self.target_layer is None or self.target_layer >= 0, "target_layer", "at least 0")
+        self._require(self.start_step >= 0, "start_step", "at least 0")
+        self._require(0 < self.projector_width < float("inf"), "projector_width", "above 0")
+        self._require(self.num_chunks >= 1, "num_chunks", "at least 1")
+
+    def check_model(self, num_layers: int) -> None:
+        """Raise UserError unless a model of ``num_layers`` layers has the target layer."""
+        if not self.enabled or self.objective != "nitp":
+            return
+        allowed = f"0 (embedding) to {num_layers}, the model's number of layers"
+        if self.target_layer is None:
+            raise UserError(
+                f"[nitp] target_layer is missing; choose {allowed}. "
+                f"The paper takes about a fifth of the depth, here {max(1, round(num_layers / 5))}.",
+                table="nitp",
+            )
+        self._require(self.target_layer <= num_layers, "target_layer", allowed)
+
+    def check_parallelism(self, parallelism: "ParallelismConfig") -> None:
+        """Raise UserError, with the reason, for a parallel layout under which NITP would be wrong."""
+        if not self.enabled:
+            return
+        pp, cp = parallelism.pipeline_parallel_degree, parallelism.context_parallel_degree
+        if not self.stop_gradient and self.objective == "nitp" and (pp > 1 or cp > 1):
+            raise UserError(
+                "[nitp] stop_gradient = false works without pipeline and context parallelism only: "
+                "the target's gradient would have to travel back across ranks.",
+                table="nitp", key="stop_gradient",
+            )
+        if parallelism.spmd_backend == "partial_dtensor":
+            raise UserError(
+                "[parallelism] spmd_backend = 'partial_dtensor' hides the mesh that the implicit tokens "
+                "are exchanged on; NITP needs 'spmd_types'.",
+                table="parallelism", key="spmd_backend",
+            )
+        if cp > 1 and parallelism.context_parallel_load_balancer == "ptrr":
+            raise UserError(
+                "[parallelism] context_parallel_load_balancer = 'ptrr' reorders tokens by their mask, so the "
+                "next token's rank is unknown; NITP needs 'headtail' or 'none'.",
+                table="parallelism", key="context_parallel_load_balancer",
+            )
+        if pp > 1 and "ZeroBubble" in parallelism.pipeline_parallel_schedule.replace("ZBV", "ZeroBubble"):
+            raise UserError(
+                f"[parallelism] pipeline_parallel_schedule = '{parallelism.pipeline_parallel_schedule}': "
+                "TorchTitan 0.3.0 loses the final norm's gradient under zero-bubble schedules with any "
+                "chunked loss; choose '1F1B', 'GPipe' or 'Interleaved1F1B'.",
+                table="parallelism", key="pipeline_parallel_schedule",
+            )
+
+    def _require(self, condition: bool, name: str, allowed: str) -> None:
+        if not condition:
+            raise UserError(
+                f"[nitp] {name} = {getattr(self, name)!r}, but it must be {allowed}.", table="nitp", key=name
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class Float8Config:
+    """Float8 training of the linear layers through torchao (TorchTitan's Float8LinearConverter)."""
+
+    enable: bool = False
+    """Convert the linear layers to float8."""
+
+    recipe_name: Literal["rowwise", "rowwise_with_gw_hp"] = "rowwise"
+    """Scaling recipe."""
+
+    filter_fqns: list[str] = dataclasses.field(default_factory=lambda: ["lm_head"])
+    """Modules that keep their type; ``nitp.projector`` keeps the projector out of float8."""
+
+    emulate: bool = False
+    """Emulate float8 where the hardware lacks it (CPU, eager only)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which model a recipe names. Kept beside the built ``model_spec`` so that it can be written back."""
+
+    family: str = ""
+    """Registered family, for example ``llama3``."""
+
+    flavor: str = ""
+    """Size within the family."""
+
+    attn_backend: Literal["flex", "varlen"] = "flex"
+    """Attention kernels."""
+
+
+def _at_least(limit: float):
+    return lambda value: value >= limit, f"at least {limit}"
+
+
+_POSITIVE = (lambda value: value > 0), "above 0"
+_FRACTION = (lambda value: 0 <= value <= 1), "between 0 and 1"
+_DEGREE = _at_least(1)
+
+# Ranges that TorchTitan leaves to chance, by table and key; it checks the others itself.
+RANGES = {
+    ("training", "seq_len"): _at_least(2),
+    ("training", "steps"): _at_least(1),
+    ("training", "max_norm"): _POSITIVE,
+    ("training", "local_batch_size"): _at_least(1),
+    ("training", "global_batch_size"): ((lambda value: value == -1 or value >= 1), "at least 1"),
+    ("training", "gc_freq"): _at_least(1),
+    ("lr_scheduler", "warmup_steps"): _at_least(0),
+    ("lr_scheduler", "decay_ratio"): ((lambda value: value is None or 0 <= value <= 1), "between 0 and 1"),
+    ("lr_scheduler", "min_lr_factor"): _FRACTION,
+    ("metrics", "log_freq"): _at_least(1),
+    ("validator", "freq"): _at_least(1),
+    ("loss", "num_chunks"): _at_least(1),
+    ("debug", "seed"): ((lambda value: value is None or value >= 0), "at least 0"),
+    ("parallelism", "data_parallel_replicate_degree"): _DEGREE,
+    ("parallelism", "data_parallel_shard_degree"): ((lambda value: value == -1 or value >= 1), "at least 1, or -1"),
+    ("parallelism", "tensor_parallel_degree"): _DEGREE,
+    ("parallelism", "context_parallel_degree"): _DEGREE,
+    ("parallelism", "pipeline_parallel_degree"): _DEGREE,
+    ("parallelism", "expert_parallel_degree"): _DEGREE,
+}
+
+OPTIMIZER_RANGES = {
+    "lr": _POSITIVE,
+    "weight_decay": _at_least(0),
+    "eps": _POSITIVE,
+    "betas": (
+        (lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value)),
+        "two numbers from 0 to below 1",
+    ),
+}
+
+
+def check_ranges(config) -> None:
+    """Raise UserError for a setting of a ``Trainer.Config`` outside its range."""
+    for (table, key), (holds, allowed) in RANGES.items():
+        value = getattr(getattr(config, table), key, None)
+        if value is not None and not holds(value):
+            raise UserError(f"[{table}] {key} = {value!r}, but it must be {allowed}.", table=table, key=key)
+    for group in config.optimizer.param_groups:
+        for key, (holds, allowed) in OPTIMIZER_RANGES.items():
+            value = group.optimizer_kwargs.get(key)
+            if value is not None and not holds(value):
+                raise UserError(f"[optimizer] {key} = {value!r}, but it must be {allowed}.", table="optimizer", key=key)
+
+
+def check_batch(config, world_size: int) -> None:
+    """Raise UserError unless a ``Trainer.Config`` fits ``world_size`` ranks: layout, batch and chunks."""
+    parallelism, training = config.parallelism, config.training
+    cp = parallelism.context_parallel_degree
+    degrees = {
+        "tensor": parallelism.tensor_parallel_degree,
+        "context": cp,
+        "pipeline": parallelism.pipeline_parallel_degree,
+        "replicate": parallelism.data_parallel_replicate_degree,
+        "shard": max(1, parallelism.data_parallel_shard_degree),
+    }
+    product = math.prod(degrees.values())
+    exact = parallelism.data_parallel_shard_degree != -1
+    if world_size % product or (exact and world_size != product):
+        shown = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+        raise UserError(f"[parallelism] needs {shown} = {product} ranks, but torchrun started {world_size}.")
+
+    data_ranks = world_size // math.prod(degrees[axis] for axis in ("tensor", "context", "pipeline"))
+    per_pass = training.local_batch_size * data_ranks
+    if training.global_batch_size > 0 and training.global_batch_size % per_pass:
+        raise UserError(
+            f"[training] global_batch_size = {training.global_batch_size} is no multiple of local_batch_size = "
+            f"{training.local_batch_size} times {data_ranks} data-parallel ranks.",
+            table="training", key="local_batch_size",
+        )
+    for table, chunks in (("loss", config.loss.num_chunks), ("nitp", config.nitp.num_chunks)):
+        if (table == "loss" or config.nitp.enabled) and training.seq_len % (chunks * cp):
+            raise UserError(
+                f"[{table}] num_chunks = {chunks} does not divide a rank's {training.seq_len} / {cp} positions.",
+                table=table, key="num_chunks",
+            )

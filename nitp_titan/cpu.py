@@ -1,0 +1,173 @@
+"""Everything that TorchTitan 0.3.0 lacks on CPU, in one place; inert where there is a GPU.
+
+`install` rebinds the device that TorchTitan chose at import time, `prepare` adapts one
+training run, and `dense_flex_attention` is an override for `[override] imports`.
+"""
+
+import dataclasses
+import os
+import resource
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import spmd_types as spmd
+import spmd_types._dist
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torchtitan.config import derive, override
+from torchtitan.models.common.attention import FlexAttention
+from torchtitan.protocols.model_spec import ModelSpec
+
+from nitp_titan.config import UserError
+
+DENSE_ATTENTION = "nitp_titan.cpu.dense_flex_attention"
+
+
+def active() -> bool:
+    """Whether training runs on CPU: no accelerator is available."""
+    return not torch.accelerator.is_available()
+
+
+class _CPUModule(types.ModuleType):
+    """What TorchTitan asks of ``torch.cuda``, answered for a CPU."""
+
+    def __init__(self):
+        super().__init__("torch.cpu")
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cpu, name)
+
+    def set_device(self, device) -> None: ...
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def synchronize(self, device=None) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def reset_peak_memory_stats(self, device=None) -> None: ...
+
+    def get_device_name(self, device=None) -> str:
+        return "CPU"
+
+    def get_device_properties(self, device=None):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return types.SimpleNamespace(total_memory=total, name="CPU")
+
+    def memory_stats(self, device=None) -> dict[str, int]:
+        # The peak of the process; Linux counts it in KiB and cannot reset it.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
+
+
+class _UnevenAllToAll:
+    """``torch.distributed`` whose list-form all_to_all accepts uneven sizes, which gloo's does not."""
+
+    def __getattr__(self, name: str):
+        return getattr(dist, name)
+
+    @staticmethod
+    def all_to_all(outputs, inputs, group=None, async_op=False):
+        out_sizes = [output.shape[0] for output in outputs]
+        received = inputs[0].new_empty([sum(out_sizes), *inputs[0].shape[1:]])
+        dist.all_to_all_single(received, torch.cat(inputs), out_sizes, [x.shape[0] for x in inputs], group=group)
+        for output, part in zip(outputs, received.split(out_sizes)):
+            output.copy_(part)
+
+
+def install() -> None:
+    """Make TorchTitan use the CPU and all its cores; does nothing where there is an accelerator.
+
+    Works before and after TorchTitan's modules are imported, so the stock entry point is served too.
+    """
+    if not active():
+        return
+    module = _CPUModule()
+    for name, loaded in list(sys.modules.items()):
+        if name.startswith("torchtitan"):
+            for attribute, value in (("device_type", "cpu"), ("device_module", module)):
+                if attribute in vars(loaded):
+                    setattr(loaded, attribute, value)
+    spmd_types._dist.set_dist(_UnevenAllToAll())
+    # torchrun sets 1 for several local ranks unless the user said otherwise.
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+def prepare(config):
+    """Check that a training config can run on CPU, and adapt its model; the config itself without CPU.
+
+    Raises:
+        UserError: if the config asks for what only a GPU has.
+    """
+    if not active():
+        return config
+    if DENSE_ATTENTION not in config.override.imports or config.model.attn_backend != "flex":
+        raise UserError(
+            "There is no GPU here, and these settings need one. On CPU use --train-config train_configs/cpu.toml "
+            f"(it sets [model] attn_backend = 'flex' and [override] imports = ['{DENSE_ATTENTION}'])."
+        )
+    if not config.compile.enable:
+        # TorchTitan always compiles the attention mask; without this a C++ compiler is needed.
+        torch.compiler.set_stance("force_eager")
+    return dataclasses.replace(config, model_spec=_with_gloo_reduction(config.model_spec))
+
+
+def _with_gloo_reduction(spec: ModelSpec) -> ModelSpec:
+    def parallelize(model, **kwargs):
+        model = spec.parallelize_fn(model, **kwargs)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gloo has no PREMUL_SUM, which FSDP uses for a divide factor of 1.
+                module.set_force_sum_reduction_for_comms(True)
+        return model
+
+    return dataclasses.replace(spec, parallelize_fn=parallelize)
+
+
+class DenseFlexAttention(FlexAttention):
+    """FlexAttention evaluated densely: its CPU kernel has no backward."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FlexAttention.Config):
+        pass
+
+    def forward(
+        self,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+        *,
+        attention_masks: BlockMask,
+        score_mod: Callable | None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        out_transform: Callable | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Same shapes as `FlexAttention.forward`; raises NotImplementedError for score_mod and out_transform."""
+        if score_mod is not None or out_transform is not None:
+            raise NotImplementedError("DenseFlexAttention has no score_mod and no log-sum-exp to transform.")
+        with spmd.no_typecheck():
+            # Under context parallelism there are more keys than queries.
+            mask = create_mask(
+                attention_masks.mask_mod, q_BLNH.shape[0], 1, q_BLNH.shape[1], k_BLNH.shape[1], device=q_BLNH.device
+            )
+            q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+            return out.transpose(1, 2).contiguous()
+
+
+@override(target=FlexAttention.Config, description="FlexAttention evaluated densely, for CPU")
+def dense_flex_attention(config: FlexAttention.Config) -> DenseFlexAttention.Config:
+    return derive(config, DenseFlexAttention.Config)

@@ -1,0 +1,129 @@
+"""Text data: local JSON-lines files or any Hugging Face text dataset, packed by TorchTitan's loader."""
+
+import glob
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.hf_datasets import DatasetConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
+
+from nitp_titan.config import nearest, UserError
+
+
+class TextDataLoader(HuggingFaceTextDataLoader):
+    """TorchTitan's text loader with the dataset given by the config instead of a registry.
+
+    Documents are packed into sequences; positions restart with every document.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(HuggingFaceTextDataLoader.Config):
+        dataset: str = "json"
+        """``json`` for local JSON-lines files, else the name of a Hugging Face dataset."""
+
+        text_field: str = "text"
+        """Field of a document that holds its text."""
+
+        subset: str | None = None
+        """Configuration of a Hugging Face dataset, for example ``en`` of allenai/c4."""
+
+        split: str = "train"
+        """Split of a Hugging Face dataset."""
+
+        streaming: bool = True
+        """Stream a Hugging Face dataset instead of downloading it first."""
+
+    def __init__(self, config: Config, *, tokenizer: BaseTokenizer, **kwargs):
+        check_dataset(config)
+        source = [config.dataset, config.dataset_path, config.text_field, config.subset, config.split, config.streaming]
+        # TorchTitan's loader finds datasets by name in this registry; lower case is its rule.
+        name = f"{config.dataset.lower()}-{hashlib.sha256(repr(source).encode()).hexdigest()[:8]}"
+        DATASETS[name] = DatasetConfig(
+            path=config.dataset_path or config.dataset,
+            loader=partial(_load, config=config),
+            sample_processor=partial(_text, config=config),
+        )
+        super().__init__(derive_registered(config, name), tokenizer=tokenizer, **kwargs)
+
+
+def derive_registered(config: TextDataLoader.Config, name: str) -> HuggingFaceTextDataLoader.Config:
+    from torchtitan.config import derive
+
+    return derive(config, HuggingFaceTextDataLoader.Config, dataset=name)
+
+
+def local_files(pattern: str) -> list[str]:
+    """Files that a path, a folder (its ``*.jsonl``) or a glob pattern names, sorted."""
+    if Path(pattern).is_dir():
+        pattern = str(Path(pattern) / "*.jsonl")
+    return sorted(path for path in glob.glob(pattern) if Path(path).is_file())
+
+
+def check_dataset(config: TextDataLoader.Config) -> None:
+    """Raise UserError unless local files exist and their first document has the text field.
+
+    Touches no network: a Hugging Face dataset is checked when it is opened.
+    """
+    if config.dataset != "json":
+        return
+    if not config.dataset_path:
+        raise UserError(
+            "[dataloader] dataset_path is missing: dataset = 'json' needs a JSON-lines file, folder or pattern.",
+            table="dataloader", key="dataset_path",
+        )
+    files = local_files(config.dataset_path)
+    if not files:
+        hint = " Run `python scripts/prepare_assets.py` to make it." if "assets/stdlib" in config.dataset_path else ""
+        raise UserError(
+            f"[dataloader] dataset_path = '{config.dataset_path}' names no file.{hint}",
+            table="dataloader", key="dataset_path",
+        )
+    for file in files:
+        with open(file, encoding="utf-8") as stream:
+            first = stream.readline()
+        try:
+            document = json.loads(first)
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise UserError(
+                f"[dataloader] dataset_path: {file}, line 1 is not a JSON object.", table="dataloader",
+                key="dataset_path",
+            )
+        _text(document, config=config, place=f"{file}, line 1")
+
+
+def _load(path: str, *, config: TextDataLoader.Config):
+    if config.dataset == "json":
+        files = local_files(path)
+        try:
+            return load_dataset("json", data_files=files, split="train")
+        except DatasetGenerationError as error:
+            raise UserError(f"[dataloader] dataset_path = '{path}' is no JSON-lines text: {error.__cause__}") from error
+    try:
+        return load_dataset(path, name=config.subset, split=config.split, streaming=config.streaming)
+    except Exception as error:
+        # The hub's client raises many types; each of them means that the name, subset or network is wrong.
+        raise UserError(
+            f"[dataloader] dataset = '{config.dataset}' (subset {config.subset!r}, split {config.split!r}) "
+            f"could not be opened: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _text(document: dict[str, Any], *, config: TextDataLoader.Config, place: str | None = None) -> str:
+    text = document.get(config.text_field)
+    if not isinstance(text, str):
+        place = place or f"dataset '{config.dataset_path or config.dataset}'"
+        raise UserError(
+            f"[dataloader] text_field = '{config.text_field}': a document of {place} has no such text."
+            f"{nearest(config.text_field, list(document))}",
+            table="dataloader", key="text_field",
+        )
+    return text

@@ -1,0 +1,171 @@
+"""Chunked cross-entropy plus the chunked NITP loss (Eq. 4)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import spmd_types as spmd
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import nn, Tensor
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.loss import ChunkedLossWrapper, GradAccumulator, IGNORE_INDEX
+from torchtitan.config import CompileConfig
+from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
+
+from nitp_titan.config import NITPConfig
+from nitp_titan.objective import cosine_regularizer_terms, direction_sums, nitp_loss_sum
+
+
+class NITPLoss(ChunkedLossWrapper):
+    """NTP cross-entropy as in TorchTitan, plus ``weight`` times the auxiliary objective.
+
+    Like the cross-entropy, the auxiliary term is computed and differentiated chunk by chunk
+    of the sequence, so that the projector's activations never exist for all positions.
+    The step's weight and divisor live in tensors that are written in place: CUDA graphs
+    replay the step with whatever they hold.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ChunkedLossWrapper.Config):
+        nitp: NITPConfig = field(default_factory=NITPConfig)
+
+    def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
+        super().__init__(config, compile_config=compile_config)
+        self.settings = config.nitp
+        self.fn = nitp_loss_sum
+        self._maybe_compile(compile_config)
+        self.projector: nn.Module | None = None
+
+    def prepare(self, projector: nn.Module | None, *, num_microbatches: int, device: torch.device) -> None:
+        """Give the loss its projector and its per-step tensors; once, after the model is built.
+
+        Args:
+            projector: of the last pipeline stage; None on ranks without it.
+            num_microbatches: loss calls per optimizer step.
+            device: where the loss is computed.
+        """
+        self.projector = projector
+        self.weight = torch.zeros((), device=device)
+        self.num_terms = torch.ones((), device=device)
+        # NTP and NITP parts of the last micro-batches, newest first. A shift register, not a
+        # sum: the metadata pass of the first pipeline step simply falls out at the end.
+        self.parts = torch.zeros(num_microbatches, 2, device=device)
+
+    def set_step(self, *, weight: float, num_terms: Tensor) -> None:
+        """Set the step's weight and the global number of terms that the objective averages."""
+        self.weight.fill_(weight)
+        self.num_terms.copy_(num_terms.clamp(min=1))
+
+    def __call__(
+        self,
+        pred: Tensor | tuple[Tensor, Tensor, Tensor],
+        labels: Tensor,
+        global_valid_tokens: Tensor | None = None,
+        **loss_inputs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss, scaled by global counts.
+
+        Args:
+            pred: hidden states [batch, length, dim] with targets [batch, length, dim] and
+                their validity [batch, length] in training; hidden states alone otherwise.
+            labels: [batch, length], `IGNORE_INDEX` where a position is not trained.
+            global_valid_tokens: number of labels of the global batch, scalar.
+
+        Returns:
+            This rank's share of ``ce / tokens + weight * nitp / positions`` and no metrics.
+        """
+        h_BLD, *target = pred if isinstance(pred, tuple) else (pred,)
+        ntp, metrics = super().__call__(h_BLD, labels, global_valid_tokens, **loss_inputs)
+        if not h_BLD.requires_grad:
+            return ntp, metrics
+        with spmd.local(), spmd.no_typecheck():
+            labelled_BL = labels != IGNORE_INDEX
+            if self.settings.objective == "cosine_regularizer":
+                total, value = self._regularizer(h_BLD, labelled_BL)
+            else:
+                target_BLD, valid_BL = target
+                total, value = self._nitp(h_BLD, target_BLD, valid_BL & labelled_BL)
+            newest = torch.stack([ntp.detach().float(), value])
+            self.parts.copy_(torch.cat([newest[None], self.parts[:-1]]))
+            return ntp + total, metrics
+
+    def _nitp(self, h_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
+        def term(h: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+            loss = self.fn(self.projector(h), target, valid, self.settings.loss)
+            return loss, loss.detach()
+
+        with _unsharded_projector(self.projector) as before_last_backward:
+            return self._chunked(term, (h_BLD, target_BLD), (valid_BL,), before_last_backward)
+
+    def _regularizer(self, h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            chunks = zip(*(x.chunk(self.settings.num_chunks, dim=1) for x in (h_BLD.detach(), valid_BL)))
+            directions, counts = (sum(parts) for parts in zip(*(direction_sums(h, valid) for h, valid in chunks)))
+            if spmd_mesh_size("cp") > 1:
+                group = current_spmd_mesh().get_group("cp")
+                directions, counts = (funcol.all_reduce(x, "sum", group) for x in (directions, counts))
+
+        def term(h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+            return cosine_regularizer_terms(self.projector(h), valid, directions, counts)
+
+        return self._chunked(term, (h_BLD,), (valid_BL,), lambda: None)
+
+    def _chunked(
+        self,
+        term: Callable[..., tuple[Tensor, Tensor]],
+        states: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        before_last_backward: Callable[[], None],
+    ) -> tuple[Tensor, Tensor]:
+        """Differentiate ``term`` chunk by chunk and hand the gradients to the states' graphs.
+
+        Returns:
+            The weighted term, differentiable once, and its plain value; both this rank's share.
+        """
+        num_chunks = self.settings.num_chunks
+        learning = [state for state in states if state.requires_grad]
+        gradients = [GradAccumulator(state, num_chunks=num_chunks, dtype=torch.float32) for state in learning]
+        value = torch.zeros((), dtype=torch.float32, device=states[0].device)
+        chunks = zip(*(x.detach().chunk(num_chunks, dim=1) for x in (*states, *masks)))
+        for index, chunk in enumerate(chunks):
+            leaves = [
+                part.contiguous().requires_grad_(state.requires_grad) for part, state in zip(chunk, states)
+            ]
+            surrogate, chunk_value = term(*leaves, *chunk[len(states) :])
+            if index == num_chunks - 1:
+                before_last_backward()
+            (self.weight * surrogate / self.num_terms).backward()
+            for gradient, leaf in zip(gradients, [leaf for leaf in leaves if leaf.requires_grad]):
+                gradient.add(leaf.grad)
+            value += chunk_value / self.num_terms
+
+        # The loss value travels with the first state; TorchTitan's bridge ignores the gradient
+        # that reaches it, so the weight is in the accumulated gradients already.
+        shares = [self.weight * value] + [torch.zeros_like(value)] * (len(learning) - 1)
+        total = sum(
+            self._gradient_backprop(state, gradient.result().to(state.dtype), share, self.lm_head, False)
+            for state, gradient, share in zip(learning, gradients, shares)
+        )
+        return total, value
+
+
+@contextmanager
+def _unsharded_projector(projector: nn.Module) -> Iterator[Callable[[], None]]:
+    """Keep an FSDP projector gathered over all chunks and reduce its gradient once.
+
+    Yields a function to call before the last chunk's backward. ChunkedLossWrapper treats
+    lm_head the same way.
+    """
+    if not isinstance(projector, FSDPModule):
+        yield lambda: None
+        return
+    projector.set_reshard_after_forward(False)
+    projector.set_reshard_after_backward(False)
+    projector.set_requires_gradient_sync(False)
+    projector.unshard()
+    yield lambda: projector.set_requires_gradient_sync(True)
+    projector.set_reshard_after_forward(True)
+    projector.set_reshard_after_backward(True)
+    projector.reshard()

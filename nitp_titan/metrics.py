@@ -1,0 +1,197 @@
+"""Training metrics: NTP and NITP losses beside TorchTitan's own, to the console, files and trackers."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.components.metrics import _get_metrics_rank, BaseLogger, LoggerContainer, MetricsProcessor
+from torchtitan.tools.logging import logger
+
+# Our name in metrics.jsonl <- TorchTitan's key.
+_RECORD = {
+    "ntp_loss": "loss_metrics/ntp_loss",
+    "nitp_loss": "loss_metrics/nitp_loss",
+    "loss": "loss_metrics/global_avg_loss",
+    "grad_norm": "grad_norm",
+    "lr": "lr",
+    "tokens": "n_tokens_seen",
+    "tokens_per_second": "throughput(tokens_per_second)",
+    "seconds_per_step": "time_metrics/end_to_end(s)",
+    "memory_gib": "memory/max_reserved(GiB)",
+}
+
+
+class NITPMetrics(MetricsProcessor):
+    """TorchTitan's metrics plus ntp_loss and nitp_loss, metrics.jsonl and a line with the time left."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        pass
+
+    def __init__(self, config: Config, *, dump_folder: str, parallel_dims, **kwargs):
+        super().__init__(config, dump_folder=dump_folder, parallel_dims=parallel_dims, **kwargs)
+        self.loss_parts: Callable[[], Tensor] | None = None
+        self.records: list[JSONLinesLogger] = []
+        self.console: ConsoleLogger | None = None
+        metrics_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=kwargs.get("pp_schedule", "1F1B"))
+        if torch.distributed.get_rank() == metrics_rank:
+            self._add_local_loggers(Path(dump_folder), num_steps=kwargs["config_dict"]["training"]["steps"])
+
+    def _add_local_loggers(self, folder: Path, num_steps: int) -> None:
+        training = JSONLinesLogger(folder / "metrics.jsonl", _RECORD)
+        validation = JSONLinesLogger(folder / "validation.jsonl", {"ntp_loss": "validation_metrics/loss"})
+        self.records = [training, validation]
+        container = LoggerContainer()
+        if isinstance(self.logger, LoggerContainer):
+            container.add_logger(self.logger)
+        self.console = ConsoleLogger(num_steps)
+        for local_logger in (training, validation, self.console):
+            container.add_logger(local_logger)
+        self.logger = container
+
+    def resume(self, step: int) -> None:
+        """Continue the metrics files after ``step``, the step that a checkpoint restored."""
+        for record in self.records:
+            record.resume(step)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """As `MetricsProcessor.log`; a collective, called by every rank at the same steps."""
+        extra = dict(extra_metrics or {})
+        extra["loss_metrics/ntp_loss"] = global_avg_loss
+        if self.loss_parts is not None:
+            # The one host synchronisation of the NITP metrics, on logged steps only.
+            ntp, nitp = self.loss_parts().tolist()
+            extra["loss_metrics/ntp_loss"], extra["loss_metrics/nitp_loss"] = ntp, nitp
+        learning_rates = [value for key, value in extra.items() if key.startswith("lr/")]
+        if learning_rates:
+            extra["lr"] = learning_rates[0]
+        elapsed = time.perf_counter() - self.time_last_log
+        replicas = self.parallel_dims.world_size / self.parallel_dims.non_data_parallel_size
+        extra["throughput(tokens_per_second)"] = self.ntokens_since_last_log * replicas / elapsed
+        # TorchTitan's own line has no room for the two losses; ours takes its place.
+        with _quiet(logger):
+            super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=extra)
+        if self.console is not None:
+            logger.info(self.console.line)
+
+
+@contextmanager
+def _quiet(log: logging.Logger) -> Iterator[None]:
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+class JSONLinesLogger(BaseLogger):
+    """One JSON object per step. After a resume, lines of steps that are run again are dropped first.
+
+    A new run in a folder that has a file already keeps that file as ``<name>.<n>``.
+
+    Args:
+        path: the file.
+        names: our name of a figure <- TorchTitan's metric key. Metrics without the first
+            key are not ours and are passed over.
+    """
+
+    def __init__(self, path: Path, names: dict[str, str]):
+        self.path, self.names = path, names
+        self._file = None
+
+    def resume(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [line for line in _complete_lines(self.path) if json.loads(line)["step"] <= step]
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text("".join(kept))
+        os.replace(draft, self.path)
+        self._open()
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if next(iter(self.names.values())) not in metrics:
+            return
+        if self._file is None:
+            self._set_aside()
+            self._open()
+        record = {"step": step, **{ours: metrics[key] for ours, key in self.names.items() if key in metrics}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a")
+
+    def _set_aside(self) -> None:
+        if self.path.exists():
+            number = 1
+            while (old := self.path.with_name(f"{self.path.name}.{number}")).exists():
+                number += 1
+            self.path.rename(old)
+            logger.warning(f"{self.path} is of another run; it is now {old}.")
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of a file; a last line that a crash cut short is left out."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """Records of a metrics file, one dict per logged step."""
+    return [json.loads(line) for line in _complete_lines(path)]
+
+
+class ConsoleLogger(BaseLogger):
+    """Composes the step's line: losses, gradient norm, learning rate, tokens, speed, memory, time left."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+        self.line = ""
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if "loss_metrics/ntp_loss" not in metrics:
+            return
+        nitp = metrics.get("loss_metrics/nitp_loss")
+        seconds_left = (self.num_steps - step) * metrics["time_metrics/end_to_end(s)"]
+        parts = [
+            f"step {step}/{self.num_steps}",
+            f"loss {metrics['loss_metrics/global_avg_loss']:.4f}",
+            f"ntp {metrics['loss_metrics/ntp_loss']:.4f}",
+            f"nitp {nitp:.4f}" if nitp is not None else "",
+            f"grad_norm {metrics['grad_norm']:.3f}",
+            f"lr {metrics.get('lr', float('nan')):.2e}",
+            f"tokens {int(metrics['n_tokens_seen']):,}",
+            f"{metrics['throughput(tokens_per_second)']:,.0f} tok/s",
+            f"mem {metrics['memory/max_reserved(GiB)']:.2f} GiB",
+            f"left {time_left(seconds_left)}",
+        ]
+        self.line = "  ".join(part for part in parts if part)
+
+
+def time_left(seconds: float) -> str:
+    """Duration as the two largest units, for example ``3m05s``."""
+    minutes, secs = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"

@@ -1,0 +1,104 @@
+"""Llama-style dense decoders (RMSNorm, SwiGLU, RoPE, no biases), from TorchTitan's own blocks."""
+
+import torch.nn as nn
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common.config_utils import get_attention_config, make_ffn_config, make_gqa_config
+from torchtitan.models.common.param_init import depth_scaled_std, skip_param_init
+from torchtitan.models.llama3 import Llama3Model, parallelize_llama
+from torchtitan.models.llama3.model import Llama3TransformerBlock
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.model_spec import ModelSpec
+
+from functools import partial
+
+
+def _normal(std: float) -> dict:
+    return {"weight": partial(nn.init.trunc_normal_, std=std)}
+
+
+def _layer(
+    layer_id: int, *, dim: int, n_heads: int, n_kv_heads: int, hidden_dim: int, rope_theta: float, attn_backend: str
+) -> Llama3TransformerBlock.Config:
+    norm = {"weight": nn.init.ones_}
+    depth_scaled = _normal(depth_scaled_std(0.02, layer_id))
+    return Llama3TransformerBlock.Config(
+        attention_norm=RMSNorm.Config(normalized_shape=dim, param_init=norm),
+        ffn_norm=RMSNorm.Config(normalized_shape=dim, param_init=norm),
+        attention=make_gqa_config(
+            dim=dim,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            wqkv_param_init=_normal(0.02),
+            wo_param_init=depth_scaled,
+            inner_attention=get_attention_config(attn_backend),
+            fuse_qkv=True,
+            rope=ComplexRoPE.Config(dim=dim // n_heads, max_seq_len=131072, theta=rope_theta),
+        ),
+        feed_forward=make_ffn_config(
+            dim=dim, hidden_dim=hidden_dim, w1_param_init=_normal(0.02), w2w3_param_init=depth_scaled
+        ),
+    )
+
+
+def llama(
+    *,
+    attn_backend: str,
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    hidden_dim: int,
+    vocab_size: int,
+    tied: bool,
+    rope_theta: float = 500000,
+) -> Llama3Model.Config:
+    """Config of a Llama model; initialisation as in TorchTitan's llama3, where the paper is silent.
+
+    Args:
+        dim: model dimension; the head dimension is ``dim / n_heads``.
+        hidden_dim: width of the SwiGLU feed-forward.
+        tied: one weight for token embedding and unembedding.
+    """
+    std = dim**-0.5
+    head_init = {"weight": partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)}
+    embedding_init = {"weight": skip_param_init if tied else partial(nn.init.normal_, std=1.0)}
+    layer = partial(
+        _layer,
+        dim=dim,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        hidden_dim=hidden_dim,
+        rope_theta=rope_theta,
+        attn_backend=attn_backend,
+    )
+    return Llama3Model.Config(
+        dim=dim,
+        vocab_size=vocab_size,
+        enable_weight_tying=tied,
+        tok_embeddings=Embedding.Config(num_embeddings=vocab_size, embedding_dim=dim, param_init=embedding_init),
+        norm=RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_}),
+        lm_head=Linear.Config(in_features=dim, out_features=vocab_size, param_init=head_init),
+        layers=[layer(layer_id) for layer_id in range(n_layers)],
+    )
+
+
+FLAVORS = {
+    # Small enough for two CPU cores, shaped like the paper's dense models (GQA, tied embeddings).
+    "debug": dict(
+        dim=128, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=384, vocab_size=4096, tied=False
+    ),
+}
+
+
+def model_registry(flavor: str, attn_backend: str = "flex") -> ModelSpec:
+    """TorchTitan ``ModelSpec`` of a flavor, as `torchtitan.models.llama3.model_registry` returns."""
+    return ModelSpec(
+        name="llama3",
+        flavor=flavor,
+        model=llama(attn_backend=attn_backend, **FLAVORS[flavor]),
+        parallelize_fn=parallelize_llama,
+        pipelining_fn=pipeline_llm,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=Llama3StateDictAdapter,
+    )

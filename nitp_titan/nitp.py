@@ -1,0 +1,185 @@
+"""The NITP module and the decoder mixin that captures the implicit tokens.
+
+Suffixes: B batch, L (local) length, D model dim.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import spmd_types as spmd
+import torch
+import torch.distributed._functional_collectives as funcol
+import torch.nn as nn
+from torch import Tensor
+from torchtitan.config import ParallelismConfig
+from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
+from torchtitan.models.common import Linear
+from torchtitan.models.common.decoder_sharding import (
+    dense_activation_placement,
+    dense_sequence_parallel_placement,
+    set_dense_ffn_sharding,
+)
+from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.protocols.module import Module
+from torchtitan.protocols.sharding import ShardingConfig
+
+from nitp_titan.config import NITPConfig
+from nitp_titan.objective import next_implicit_tokens
+
+
+class NoProjector(Module):
+    """Takes the hidden state as it is (the paper's projector ablation, Table 8)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ImplicitTarget(Module):
+    """Shallow states to (next implicit tokens, validity). Has no parameters.
+
+    Tensor parallelism: the sharding config gathers the sequence. Context parallelism: the
+    first state of every contiguous run of tokens travels to the rank of the run before it.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        temporal_shift: int = 1
+        stop_gradient: bool = True
+        cp_load_balancer: str | None = None
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.temporal_shift = config.temporal_shift
+        self.stop_gradient = config.stop_gradient
+        self.cp_load_balancer = config.cp_load_balancer
+
+    def forward(self, z_BLD: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns targets [batch, length, dim] and validity [batch, length], bool."""
+        with spmd.no_typecheck(), torch.set_grad_enabled(not self.stop_gradient):
+            num_runs = 2 if spmd_mesh_size("cp") > 1 and self.cp_load_balancer == "headtail" else 1
+            runs = list(zip(z_BLD.chunk(num_runs, dim=1), positions_BL.chunk(num_runs, dim=1)))
+            following = self._following(runs)
+            aligned = [
+                next_implicit_tokens(
+                    z, positions, temporal_shift=self.temporal_shift, following_z_BD=next_z, following_position_B=next_p
+                )
+                for (z, positions), (next_z, next_p) in zip(runs, following)
+            ]
+            targets, valids = zip(*aligned)
+            return torch.cat(targets, dim=1), torch.cat(valids, dim=1)
+
+    def _following(self, runs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor | None, Tensor | None]]:
+        """The state and position id right after each run; None at the end of the sequence."""
+        cp, num_runs = spmd_mesh_size("cp"), len(runs)
+        if cp == 1 or self.temporal_shift == 0:
+            return [(None, None)] * num_runs
+        mesh = current_spmd_mesh()
+        group, rank = mesh.get_group("cp"), mesh.get_local_rank("cp")
+        heads_RBD = torch.stack([z[:, 0] for z, _ in runs])
+        heads_RB = torch.stack([positions[:, 0] for _, positions in runs])
+        all_heads_RBD = funcol.all_gather_tensor(heads_RBD, 0, group)
+        all_heads_RB = funcol.all_gather_tensor(heads_RB, 0, group)
+        following: list[tuple[Tensor | None, Tensor | None]] = []
+        for run in range(num_runs):
+            # TorchTitan's head-tail balancer gives rank r the runs r and 2 cp - 1 - r.
+            successor = (rank if run == 0 else 2 * cp - 1 - rank) + 1
+            if successor == num_runs * cp:
+                following.append((None, None))
+                continue
+            owner, slot = (successor, 0) if successor < cp else (2 * cp - 1 - successor, 1)
+            index = owner * num_runs + slot
+            following.append((all_heads_RBD[index], all_heads_RB[index]))
+        return following
+
+
+class NITP(Module):
+    """What NITP adds to a decoder: projector and target. Dropped at inference (App. H)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        target_layer: int | None
+        """Layer of the implicit token, 0 for the embedding; None captures nothing."""
+
+        stop_gradient: bool = True
+        projector: FeedForward.Config | NoProjector.Config
+        target: ImplicitTarget.Config
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.projector = config.projector.build()
+        self.target = config.target.build()
+
+
+def nitp_module_config(dim: int, settings: NITPConfig) -> NITP.Config:
+    """Config of the NITP module for a decoder of model dimension ``dim`` (App. G.2: 12 d^2 parameters)."""
+    regularizer = settings.objective == "cosine_regularizer"
+    projector: FeedForward.Config | NoProjector.Config = NoProjector.Config()
+    if settings.projector == "swiglu" and not regularizer:
+        hidden = round(settings.projector_width * dim)
+        # The paper gives no initialisation; TorchTitan's for the family's own linears.
+        init = {"weight": partial(nn.init.trunc_normal_, std=0.02)}
+        up, gate = (Linear.Config(in_features=dim, out_features=hidden, param_init=init) for _ in range(2))
+        down = Linear.Config(in_features=hidden, out_features=dim, param_init=init)
+        projector = FeedForward.Config(w1=gate, w2=down, w3=up)
+    return NITP.Config(
+        target_layer=None if regularizer else settings.target_layer,
+        stop_gradient=settings.stop_gradient,
+        projector=projector,
+        target=ImplicitTarget.Config(temporal_shift=settings.temporal_shift, stop_gradient=settings.stop_gradient),
+    )
+
+
+def set_nitp_sharding(config: NITP.Config, parallelism: ParallelismConfig) -> None:
+    """Fill the sharding configs of the NITP module, as each family does for its own modules."""
+    sequence_parallel = parallelism.enable_sequence_parallel
+    # Every tensor-parallel rank computes the same loss, so gradients of its inputs are
+    # whole on every rank (I), while those of the replicated hidden state are partial (R).
+    invariant = dense_activation_placement(tp=spmd.I)
+    replicated = dense_activation_placement(tp=spmd.R)
+    config.target.cp_load_balancer = parallelism.context_parallel_load_balancer
+    config.target.sharding_config = ShardingConfig(
+        in_src_shardings={"z_BLD": dense_sequence_parallel_placement() if sequence_parallel else invariant},
+        in_dst_shardings={"z_BLD": invariant},
+    )
+    if isinstance(config.projector, FeedForward.Config):
+        # The final norm has gathered the sequence: no sequence parallelism from here on.
+        set_dense_ffn_sharding(config.projector, attn_x_layout=replicated, enable_sp=False)
+    else:
+        config.projector.sharding_config = ShardingConfig(
+            in_src_shardings={"x": replicated}, in_dst_shardings={"x": invariant}
+        )
+
+
+class NITPDecoder:
+    """Mixin for `torchtitan.models.common.decoder.Decoder`: forward with capture of the implicit token.
+
+    Training returns ``(h, target, valid)`` to the loss; with gradients off it returns ``h``
+    alone, so that validation reports plain cross-entropy. A pipeline stage hands the
+    captured state on as its second output.
+    """
+
+    def forward(self, tokens, z_BLD=None, positions=None, attention_masks=None):
+        # Decoder.forward with the capture; tests/test_nitp.py fails when upstream's changes.
+        settings = self.config.nitp
+        h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        if settings.target_layer == 0 and self.tok_embeddings is not None:
+            z_BLD = h.detach() if settings.stop_gradient else h
+
+        for name, layer in self.layers.items():
+            h = layer(h, attention_masks, positions)
+            if int(name) + 1 == settings.target_layer:
+                z_BLD = h.detach() if settings.stop_gradient else h
+
+        h = self.norm(h) if self.norm is not None else h
+
+        if self.lm_head is None:
+            return h if z_BLD is None else (h, z_BLD)
+        if not self._skip_lm_head:
+            return self.lm_head(h)
+        if z_BLD is None or not torch.is_grad_enabled():
+            return h
+        return (h, *self.nitp.target(z_BLD, positions))

@@ -1,0 +1,156 @@
+"""The mathematics of NITP: shift, validity and losses. Pure functions; imports torch only.
+
+Suffixes: B batch, L length, D model dim; ``NITP`` equations are those of arXiv 2605.24956.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def next_implicit_tokens(
+    z_BLD: Tensor,
+    positions_BL: Tensor,
+    *,
+    temporal_shift: int = 1,
+    following_z_BD: Tensor | None = None,
+    following_position_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Align every position with the implicit token that it must predict (Eq. 2, Fig. 2).
+
+    With packed documents a position has a target only if the next token continues its
+    document, that is, if the next position id is its own plus one.
+
+    Args:
+        z_BLD: shallow states, [batch, length, dim].
+        positions_BL: position ids that restart at 0 with every document, [batch, length].
+        temporal_shift: 1 for the next token, 0 for the same one (Table 7).
+        following_z_BD: state right after the last position, where another rank holds it.
+        following_position_B: its position id.
+
+    Returns:
+        Targets [batch, length, dim] and their validity [batch, length], bool; an invalid
+        target means nothing.
+    """
+    if temporal_shift == 0:
+        return z_BLD, torch.ones_like(positions_BL, dtype=torch.bool)
+    if following_z_BD is None:
+        following_z_BD = torch.zeros_like(z_BLD[:, 0])
+    if following_position_B is None:
+        # 0 is nobody's position plus one: every document starts at 0.
+        following_position_B = torch.zeros_like(positions_BL[:, 0])
+    target_BLD = torch.cat([z_BLD[:, 1:], following_z_BD[:, None]], dim=1)
+    next_BL = torch.cat([positions_BL[:, 1:], following_position_B[:, None]], dim=1)
+    valid_BL = next_BL == positions_BL + 1
+    return target_BLD, valid_BL
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Direction of ``x``; a zero vector has none and gets zero, with zero gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    nonzero = norm > 0
+    return torch.where(nonzero, x / torch.where(nonzero, norm, 1.0), 0.0)
+
+
+def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cos(prediction, target) over the last dimension (Eq. 3); 1 for a zero vector."""
+    return 1.0 - (_unit(prediction) * _unit(target)).sum(-1)
+
+
+def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared difference, averaged over the last dimension (Table 7)."""
+    return (prediction - target).square().mean(-1)
+
+
+def smooth_l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Huber loss with threshold 1, averaged over the last dimension (Table 7)."""
+    return F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
+
+
+def kl_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """KL(target || prediction), both as softmax distributions over the feature dimension.
+
+    The paper names the loss (Table 7) and not its distributions; the softmax over
+    features at temperature 1, with the implicit token as teacher, is our reading.
+    """
+    log_prediction = F.log_softmax(prediction, dim=-1)
+    log_target = F.log_softmax(target, dim=-1)
+    return (log_target.exp() * (log_target - log_prediction)).sum(-1)
+
+
+LOSSES = {
+    "cosine": cosine_loss,
+    "mse": mse_loss,
+    "smooth_l1": smooth_l1_loss,
+    "kl": kl_loss,
+}
+
+
+def nitp_loss_sum(prediction_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor, loss: str = "cosine") -> Tensor:
+    """Sum of the NITP loss over valid positions, in float32 whatever the input type.
+
+    Args:
+        prediction_BLD: projected hidden states ``P(h_t)``, [batch, length, dim].
+        target_BLD: implicit tokens aligned by `next_implicit_tokens`, same shape.
+        valid_BL: positions that count, [batch, length], bool.
+        loss: a key of `LOSSES`.
+
+    Returns:
+        Scalar, float32. The caller divides by the number of valid positions.
+    """
+    loss_BL = LOSSES[loss](prediction_BLD.float(), target_BLD.float())
+    return torch.where(valid_BL, loss_BL, 0.0).sum()
+
+
+def direction_sums(h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the directions of a sequence's valid hidden states, and their number.
+
+    Returns:
+        [batch, dim] float32 and [batch] float32. Both add up over chunks and ranks.
+    """
+    unit_BLD = _unit(h_BLD.float()) * valid_BL[..., None]
+    return unit_BLD.sum(1), valid_BL.sum(1, dtype=torch.float32)
+
+
+def cosine_regularizer_terms(
+    h_BLD: Tensor, valid_BL: Tensor, directions_BD: Tensor, counts_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Share of some positions in the mean cosine between different tokens of a sequence.
+
+    The generic regulariser of the paper's ablation (Table 3, after Gao et al. 2019). Over
+    n unit vectors x_i with sum s the mean over ordered pairs is (|s|^2 - n) / (n (n - 1)),
+    so position i contributes (x_i . s - 1) / (n (n - 1)) to the value, while its gradient
+    is 2 s / (n (n - 1)): every pair contains it twice. That needs s, but no second state.
+
+    Args:
+        h_BLD: some of the sequence's hidden states, [batch, length, dim].
+        valid_BL: positions that count, [batch, length], bool.
+        directions_BD: s over the whole sequence, from `direction_sums`, without gradient.
+        counts_B: n over the whole sequence.
+
+    Returns:
+        (surrogate, value): scalars, float32, summed over sequences. The gradient of the
+        surrogate is the gradient of the value; its own size means nothing. Sequences with
+        fewer than two valid positions have no pair and count as zero.
+    """
+    unit_BLD = _unit(h_BLD.float())
+    pairs_B = counts_B * (counts_B - 1)
+    per_pair_B1 = torch.where(pairs_B > 0, 1.0 / pairs_B.clamp(min=1), 0.0)[:, None]
+    aligned_BL = (unit_BLD * directions_BD[:, None]).sum(-1)
+    surrogate = (torch.where(valid_BL, 2.0 * aligned_BL, 0.0) * per_pair_B1).sum()
+    value = (torch.where(valid_BL, aligned_BL.detach() - 1.0, 0.0) * per_pair_B1).sum()
+    return surrogate, value
+
+
+def trained_positions(positions_BL: Tensor, labels_BL: Tensor, *, temporal_shift: int, ignore_index: int) -> Tensor:
+    """Validity of whole sequences: the next token continues the document and the label counts.
+
+    Returns:
+        [batch, length], bool. What the loss computes shard by shard, for counting.
+    """
+    labelled_BL = labels_BL != ignore_index
+    if temporal_shift == 0:
+        return labelled_BL
+    continues_BL = torch.zeros_like(labelled_BL)
+    continues_BL[:, :-1] = positions_BL[:, 1:] == positions_BL[:, :-1] + 1
+    return labelled_BL & continues_BL

@@ -1,0 +1,59 @@
+"""Train a recipe.
+
+    torchrun --nproc_per_node N -m nitp_titan.train --recipe R.toml [--train-config C.toml] [flags]
+
+R is a recipe (what is trained), C a train config (where and how; default: train_configs/gpu.toml
+where there is a GPU, else train_configs/cpu.toml). Flags override both: --nitp.weight 0.8,
+--training.steps 100, and every other flag of TorchTitan. --help lists them.
+"""
+
+import argparse
+import os
+import sys
+
+from nitp_titan import recipe
+from nitp_titan.config import UserError
+
+
+def titan_arguments(argv: list[str]) -> list[str]:
+    """Our arguments as those of TorchTitan's entry point: ``--module nitp_titan --config R@C ...``.
+
+    Raises:
+        UserError: without --recipe, or outside torchrun.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    parser.add_argument("--train-config", "--train_config")
+    known, flags = parser.parse_known_args(argv)
+    helping = "--help" in flags or "-h" in flags
+    if known.recipe is None:
+        if not helping:
+            raise UserError(f"--recipe is missing. The project's own: {', '.join(recipe.available('recipes'))}.")
+        known.recipe = "debug/nitp_debug"
+    if "RANK" not in os.environ and not helping:
+        raise UserError(
+            "training starts under torchrun: torchrun --nproc_per_node 1 -m nitp_titan.train " + " ".join(argv)
+        )
+    name = f"{known.recipe}@{known.train_config}" if known.train_config else known.recipe
+    return ["--module", "nitp_titan", "--config", name, *flags]
+
+
+def main() -> None:
+    try:
+        arguments = titan_arguments(sys.argv[1:])
+        if "--help" in arguments or "-h" in arguments:
+            print(__doc__)
+        path = recipe.find(arguments[3].partition("@")[0], "recipes")
+        recipe.read_toml(path)
+
+        from torchtitan import train
+
+        sys.argv[1:] = arguments
+        train.main()
+    except UserError as error:
+        # torchrun starts many ranks; one of them is enough to say it.
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""NITPTrainer: TorchTitan's Trainer with the `[nitp]` section and exact NITP counts."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+from torchtitan.components.loss import ChunkedLossWrapper, IGNORE_INDEX
+from torchtitan.components.quantization import Float8LinearConverter
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
+
+from nitp_titan import cpu, recipe
+from nitp_titan.config import check_batch, check_ranges, Float8Config, ModelConfig, NITPConfig, UserError
+from nitp_titan.loss import NITPLoss
+from nitp_titan.metrics import NITPMetrics
+from nitp_titan.objective import trained_positions
+from nitp_titan.variants import with_nitp
+
+
+class NITPTrainer(Trainer):
+    """Trains NTP alone (weight 0: TorchTitan's own path) or NTP plus NITP."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        """``model_spec`` and ``loss`` are those without NITP; the trainer adds it when it is built."""
+
+        model: Annotated[ModelConfig, tyro.conf.Suppress] = field(default_factory=ModelConfig)
+        nitp: NITPConfig = field(default_factory=NITPConfig)
+        float8: Float8Config = field(default_factory=Float8Config)
+        metrics: NITPMetrics.Config = field(default_factory=NITPMetrics.Config)
+
+        def __post_init__(self) -> None:
+            Trainer.Config.__post_init__(self)
+            check_ranges(self)
+            if self.model_spec is not None:
+                self.nitp.check_model(len(self.model_spec.model.layers))
+            self.nitp.check_parallelism(self.parallelism)
+            if self.nitp.enabled and not isinstance(self.loss, ChunkedLossWrapper.Config):
+                raise UserError("[nitp] needs TorchTitan's ChunkedLossWrapper as loss.", table="nitp", key="weight")
+
+    def __init__(self, config: Config):
+        resolved = config
+        check_batch(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        spec = model_spec_with_nitp(config)
+        loss = config.loss
+        if config.nitp.enabled:
+            loss = NITPLoss.Config(num_chunks=loss.num_chunks, loss_fn=loss.loss_fn, nitp=config.nitp)
+        super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
+        vocab_size = self.model_config.vocab_size
+        if self.tokenizer.get_vocab_size() > vocab_size:
+            raise UserError(
+                f"hf_assets_path = '{config.hf_assets_path}' has {self.tokenizer.get_vocab_size()} tokens, more than "
+                f"the model's vocabulary of {vocab_size}.",
+                table="", key="hf_assets_path",
+            )
+        if config.nitp.enabled:
+            self._prepare_nitp()
+        if torch.distributed.get_rank() == 0:
+            recipe.write_resolved(resolved, Path(config.dump_folder))
+
+    def _prepare_nitp(self) -> None:
+        has_loss = not self.parallel_dims.pp_enabled or self.pp_has_last_stage
+        self.loss_fn.prepare(
+            self.model_parts[-1].nitp.projector if has_loss else None,
+            num_microbatches=self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches,
+            device=self.device,
+        )
+        self.metrics_processor.loss_parts = self._global_loss_parts
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """One optimizer step; counts the global NITP positions before any of them is trained."""
+        nitp = self.config.nitp
+        if not nitp.enabled:
+            return super().train_step(data_iterator)
+        num_microbatches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+        batches = [next(data_iterator) for _ in range(num_microbatches)]
+        num_terms = sum(count_terms(inputs, labels, nitp) for inputs, labels in batches).to(self.device)
+        if self.parallel_dims.dp_enabled:
+            num_terms = dist_utils.dist_sum_tensor(num_terms, self.parallel_dims.get_mesh("batch"))
+        self.loss_fn.set_step(weight=nitp.weight if self.step > nitp.start_step else 0.0, num_terms=num_terms)
+        super().train_step(iter(batches))
+
+    def _global_loss_parts(self) -> Tensor:
+        parts = self.loss_fn.parts.sum(0)
+        if self.parallel_dims.dp_cp_enabled:
+            parts = dist_utils.dist_sum_tensor(parts, self.parallel_dims.get_optional_mesh("loss"))
+        return parts
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.metrics_processor.resume(self.step)
+
+
+def count_terms(inputs: dict[str, Tensor], labels_BL: Tensor, settings: NITPConfig) -> Tensor:
+    """Number of terms that the objective averages over, in one whole micro-batch.
+
+    Returns:
+        Scalar, int64: valid positions for NITP; sequences that have a pair of trained
+        tokens for the cosine regulariser.
+    """
+    if settings.objective == "cosine_regularizer":
+        return ((labels_BL != IGNORE_INDEX).sum(1) >= 2).sum()
+    return trained_positions(
+        inputs["positions"], labels_BL, temporal_shift=settings.temporal_shift, ignore_index=IGNORE_INDEX
+    ).sum()
+
+
+def model_spec_with_nitp(config: NITPTrainer.Config) -> ModelSpec:
+    """The model that a config trains: backbone, NITP if enabled, then float8 over both."""
+    spec = with_nitp(config.model_spec, config.nitp) if config.nitp.enabled else config.model_spec
+    if config.float8.enable:
+        converter = Float8LinearConverter.Config(
+            recipe_name=config.float8.recipe_name,
+            filter_fqns=config.float8.filter_fqns,
+            emulate=config.float8.emulate,
+            model_compile_enabled=config.compile.enable and "model" in config.compile.components,
+        )
+        spec = dataclasses.replace(spec, model=converter.build().convert(spec.model))
+    return spec
