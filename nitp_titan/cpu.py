@@ -120,10 +120,10 @@ def prepare(config):
     if not config.compile.enable:
         # TorchTitan always compiles the attention mask; without this a C++ compiler is needed.
         torch.compiler.set_stance("force_eager")
-    return dataclasses.replace(config, model_spec=_with_gloo_reduction(config.model_spec))
+    return dataclasses.replace(config, model_spec=with_gloo_reduction(config.model_spec))
 
 
-def _with_gloo_reduction(spec: ModelSpec) -> ModelSpec:
+def with_gloo_reduction(spec: ModelSpec) -> ModelSpec:
     def parallelize(model, **kwargs):
         model = spec.parallelize_fn(model, **kwargs)
         for module in model.modules():

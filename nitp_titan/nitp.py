@@ -34,6 +34,9 @@ class NoProjector(Module):
     class Config(Module.Config):
         pass
 
+    def __init__(self, config: Config):
+        super().__init__()
+
     def forward(self, x: Tensor) -> Tensor:
         return x
 

@@ -83,11 +83,13 @@ def llama(
     )
 
 
+_DEBUG = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=384, vocab_size=4096)
+
 FLAVORS = {
-    # Small enough for two CPU cores, shaped like the paper's dense models (GQA, tied embeddings).
-    "debug": dict(
-        dim=128, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=384, vocab_size=4096, tied=False
-    ),
+    # Small enough for two CPU cores, shaped like the paper's dense models: GQA, tied embeddings.
+    "debug": dict(**_DEBUG, tied=True),
+    # TorchTitan does not pipeline tied embeddings.
+    "debug_untied": dict(**_DEBUG, tied=False),
 }
 
 

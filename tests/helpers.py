@@ -1,0 +1,101 @@
+"""Trainers for tests: the debug recipe on a small generated dataset, all settings by name."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from torchtitan.components.dataloader import BaseDataLoader
+
+from nitp_titan import config_registry
+from nitp_titan.trainer import NITPTrainer
+
+IGNORE = -100
+
+
+class PackedDataLoader(BaseDataLoader):
+    """Packed random documents with ignored labels; sample i is a function of i alone.
+
+    So any number of ranks and accumulation steps sees the same global batches.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        vocab_size: int = 4096
+        max_document: int = 40
+
+    def __init__(self, config, *, dp_world_size, dp_rank, seq_len, local_batch_size, **kwargs):
+        self.config, self.ranks, self.rank = config, dp_world_size, dp_rank
+        self.seq_len, self.batch_size, self.drawn = seq_len, local_batch_size, 0
+
+    def sample(self, index: int):
+        generator = torch.Generator().manual_seed(1000 + index)
+        # Squares of uniform numbers: few tokens are common, so that there is something to learn.
+        tokens = (torch.rand(self.seq_len + 1, generator=generator) ** 4 * self.config.vocab_size).long()
+        positions = []
+        while len(positions) < self.seq_len:
+            positions += range(int(torch.randint(1, self.config.max_document, (1,), generator=generator)))
+        labels = tokens[1:].clone()
+        labels[torch.rand(self.seq_len, generator=generator) < 0.1] = IGNORE
+        return tokens[:-1], torch.tensor(positions[: self.seq_len]), labels
+
+    def __iter__(self):
+        while True:
+            indices = range(self.drawn, self.drawn + self.batch_size)
+            self.drawn += self.batch_size
+            inputs, positions, labels = map(torch.stack, zip(*(self.sample(i * self.ranks + self.rank) for i in indices)))
+            yield {"input": inputs, "positions": positions}, labels
+
+    def state_dict(self):
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state):
+        self.drawn = state["drawn"]
+
+
+def make_config(folder: Path, *, recipe: str = "debug/nitp_debug", flavor_data: bool = True, **sections):
+    """The debug recipe on CPU with changes by section, for example ``nitp={"loss": "mse"}``."""
+    config = config_registry.load(f"{recipe}@cpu")
+    defaults = {
+        # Without clipping, or the gradients of one part would depend on all others.
+        "training": {"seq_len": 128, "local_batch_size": 4, "global_batch_size": 4, "steps": 3, "max_norm": 1e9},
+        "metrics": {"log_freq": 1},
+        "checkpoint": {"enable": False},
+        "lr_scheduler": {"warmup_steps": 1},
+    }
+    changes = {"dump_folder": str(folder)}
+    if flavor_data:
+        changes["dataloader"] = PackedDataLoader.Config()
+    for section in {*defaults, *sections}:
+        values = {**defaults.get(section, {}), **sections.get(section, {})}
+        changes[section] = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **changes)
+
+
+def train(config) -> NITPTrainer:
+    """Build and take the steps, without checkpoints; the trainer keeps the last step's gradients."""
+    trainer = config.build()
+    batches = trainer.batch_generator(trainer.dataloader)
+    for trainer.step in range(1, config.training.steps + 1):
+        trainer.train_step(batches)
+    trainer.close()
+    return trainer
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def parameters(trainer, *, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """Full copies of all parameters, or of their gradients, by name."""
+    named = [item for part in trainer.model_parts for item in part.named_parameters()]
+    return {name: local(p.grad if gradients else p).detach().clone() for name, p in named if not gradients or p.grad is not None}
+
+
+def gradient_norms(trainer) -> dict[str, float]:
+    """float64 norms of the projector's and of all other gradients."""
+    squares = {"projector": 0.0, "rest": 0.0}
+    for name, gradient in parameters(trainer, gradients=True).items():
+        squares["projector" if name.startswith("nitp.") else "rest"] += gradient.double().square().sum().item()
+    return {group: value**0.5 for group, value in squares.items()}

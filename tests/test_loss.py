@@ -1,0 +1,204 @@
+"""The loss component against plain autograd, written out position by position."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchtitan.components.loss import CrossEntropyLoss
+
+from nitp_titan.config import NITPConfig
+from nitp_titan.loss import NITPLoss
+from nitp_titan.nitp import nitp_module_config
+from nitp_titan.objective import next_implicit_tokens
+
+B, L, D, V = 2, 16, 8, 32
+IGNORE = -100
+
+
+def _batch():
+    generator = torch.Generator().manual_seed(3)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0, 0, 1, 2, 3, 4, 5, 6, 7], [*range(10), *range(6)]])
+    labels = torch.randint(0, V, (B, L), generator=generator)
+    labels[0, 2] = labels[0, 15] = labels[1, 4] = labels[1, 9] = IGNORE
+    h, z = torch.randn(2, B, L, D, generator=generator)
+    head = torch.randn(V, D, generator=generator) * 0.3
+    return h, z, head, positions, labels
+
+
+def _projector(settings: NITPConfig) -> torch.nn.Module:
+    projector = nitp_module_config(D, settings).projector.build()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return projector
+
+
+def _component(settings: NITPConfig, *, weight: float | None = None, positions: torch.Tensor | None = None):
+    """Loss and gradients as the component computes them; the trainer's counting is repeated here."""
+    h, z, head, packed, labels = _batch()
+    positions = packed if positions is None else positions
+    h.requires_grad_()
+    z.requires_grad_(not settings.stop_gradient)
+    lm_head = torch.nn.Linear(D, V, bias=False)
+    lm_head.weight.data.copy_(head)
+    projector = _projector(settings)
+    loss_fn = NITPLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+    loss_fn.set_lm_head(lm_head)
+    loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
+    num_terms = torch.tensor(float(len(_terms(settings, positions, labels))))
+    loss_fn.set_step(weight=settings.weight if weight is None else weight, num_terms=num_terms)
+    if settings.objective == "nitp":
+        target, valid = next_implicit_tokens(z, positions, temporal_shift=settings.temporal_shift)
+        prediction = (h * 1, target, valid)
+    else:
+        prediction = h * 1
+    loss, _ = loss_fn(prediction, labels, (labels != IGNORE).sum())
+    loss.backward()
+    gradients = {"h": h.grad, "head": lm_head.weight.grad, "z": z.grad}
+    gradients |= {name: parameter.grad for name, parameter in projector.named_parameters()}
+    return loss.detach(), loss_fn.parts[0], gradients
+
+
+def _terms(settings, positions, labels):
+    """Every (row, position, target position) that the objective trains; rows for the regulariser."""
+    if settings.objective == "cosine_regularizer":
+        return [row for row in range(B) if (labels[row] != IGNORE).sum() >= 2]
+    terms = []
+    for row in range(B):
+        for t in range(L):
+            if labels[row, t] == IGNORE:
+                continue
+            if settings.temporal_shift == 0:
+                terms.append((row, t, t))
+            elif t + 1 < L and positions[row, t + 1] == positions[row, t] + 1:
+                terms.append((row, t, t + 1))
+    return terms
+
+
+def _distance(settings, prediction, target):
+    if settings.loss == "cosine":
+        return 1 - prediction @ target / (prediction.norm() * target.norm())
+    if settings.loss == "mse":
+        return ((prediction - target) ** 2).mean()
+    if settings.loss == "smooth_l1":
+        difference = (prediction - target).abs()
+        return torch.where(difference < 1, difference**2 / 2, difference - 0.5).mean()
+    teacher, student = target.softmax(0), prediction.softmax(0)
+    return (teacher * (teacher.log() - student.log())).sum()
+
+
+def _naive(settings: NITPConfig):
+    h, z, head, positions, labels = _batch()
+    for leaf in (h, z, head):
+        leaf.requires_grad_()
+    projector = _projector(settings)
+
+    def project(x):
+        if settings.projector == "none" or settings.objective == "cosine_regularizer":
+            return x
+        return projector.w2.weight @ (F.silu(projector.w1.weight @ x) * (projector.w3.weight @ x))
+
+    losses = [
+        -(head @ h[row, t]).log_softmax(0)[labels[row, t]]
+        for row in range(B) for t in range(L) if labels[row, t] != IGNORE
+    ]
+    ntp = torch.stack(losses).mean()
+    terms = []
+    for term in _terms(settings, positions, labels):
+        if settings.objective == "cosine_regularizer":
+            states = [h[term, t] / h[term, t].norm() for t in range(L) if labels[term, t] != IGNORE]
+            pairs = [a @ b for i, a in enumerate(states) for j, b in enumerate(states) if i != j]
+            terms.append(torch.stack(pairs).mean())
+        else:
+            row, t, successor = term
+            target = z[row, successor].detach() if settings.stop_gradient else z[row, successor]
+            terms.append(_distance(settings, project(h[row, t]), target))
+    auxiliary = torch.stack(terms).mean()
+    (ntp + settings.weight * auxiliary).backward()
+    gradients = {"h": h.grad, "head": head.grad, "z": z.grad}
+    gradients |= {name: parameter.grad for name, parameter in projector.named_parameters()}
+    return ntp.detach(), auxiliary.detach(), gradients
+
+
+def _assert_same(ours: torch.Tensor | None, naive: torch.Tensor | None, name: str) -> None:
+    assert (ours is None) == (naive is None), name
+    if naive is not None:
+        assert (ours - naive).norm() <= 1e-5 * naive.norm(), name
+
+
+SETTINGS = {
+    "default": {},
+    "mse": {"loss": "mse"},
+    "smooth_l1": {"loss": "smooth_l1"},
+    "kl": {"loss": "kl"},
+    "same position": {"temporal_shift": 0},
+    "no projector": {"projector": "none"},
+    "narrow projector": {"projector_width": 1.5},
+    "no stop-gradient": {"stop_gradient": False},
+    "regularizer": {"objective": "cosine_regularizer"},
+}
+
+
+@pytest.mark.parametrize("num_chunks", [1, 4, 8])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_loss_and_every_gradient_equal_plain_autograd(name, num_chunks):
+    settings = NITPConfig(weight=3.0, target_layer=1, num_chunks=num_chunks, **SETTINGS[name])
+    loss, parts, gradients = _component(settings)
+    ntp, auxiliary, expected = _naive(settings)
+    torch.testing.assert_close(parts, torch.stack([ntp, auxiliary]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, ntp + 3.0 * auxiliary, rtol=1e-5, atol=1e-6)
+    for key in expected:
+        _assert_same(gradients[key], expected[key], key)
+
+
+def test_the_comparison_can_fail():
+    """A loss that trains across document borders does not pass for the right one."""
+    settings = NITPConfig(weight=3.0, target_layer=1)
+    _, parts, gradients = _component(settings, positions=torch.arange(L).expand(B, L))
+    _, auxiliary, expected = _naive(settings)
+    assert abs(parts[1] - auxiliary) > 1e-3
+    assert (gradients["h"] - expected["h"]).norm() > 1e-2 * expected["h"].norm()
+
+
+def test_before_the_start_step_the_term_is_measured_and_not_trained():
+    settings = NITPConfig(weight=3.0, target_layer=1)
+    loss, parts, gradients = _component(settings, weight=0.0)
+    _, auxiliary, _ = _naive(settings)
+    _, _, without = _naive(NITPConfig(weight=0.0, target_layer=1))
+    torch.testing.assert_close(parts[1], auxiliary, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, parts[0])
+    _assert_same(gradients["h"], without["h"], "h")
+    assert all(gradients[f"{name}.weight"].abs().max() == 0 for name in ("w1", "w2", "w3"))
+
+
+def test_a_batch_without_valid_positions_costs_nothing():
+    settings = NITPConfig(weight=3.0, target_layer=1, num_chunks=2)
+    loss_fn = NITPLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+    loss_fn.set_lm_head(torch.nn.Linear(D, V, bias=False))
+    projector = _projector(settings)
+    loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
+    loss_fn.set_step(weight=3.0, num_terms=torch.tensor(0))
+    h = torch.randn(1, 4, D, requires_grad=True)
+    labels = torch.full((1, 4), IGNORE)
+    valid = torch.zeros(1, 4, dtype=torch.bool)
+    loss, _ = loss_fn((h * 1, torch.randn(1, 4, D), valid), labels, torch.tensor(1))
+    loss.backward()
+    assert loss.item() == 0.0 and h.grad.abs().max() == 0
+    assert all(parameter.grad.abs().max() == 0 for parameter in projector.parameters())
+
+
+def test_parts_keep_the_last_micro_batches_only():
+    settings = NITPConfig(weight=3.0, target_layer=1)
+    loss_fn = NITPLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+    loss_fn.set_lm_head(torch.nn.Linear(D, V, bias=False))
+    loss_fn.prepare(_projector(settings), num_microbatches=2, device=torch.device("cpu"))
+    loss_fn.set_step(weight=3.0, num_terms=torch.tensor(10))
+    seen = []
+    for seed in range(5):
+        h, target = torch.randn(2, 1, 4, D, generator=torch.Generator().manual_seed(seed))
+        h.requires_grad_()
+        labels = torch.zeros(1, 4, dtype=torch.long)
+        loss, _ = loss_fn((h * 1, target, torch.ones(1, 4, dtype=torch.bool)), labels, torch.tensor(8))
+        seen.append(loss.item())
+    totals = loss_fn.parts[:, 0] + 3.0 * loss_fn.parts[:, 1]
+    assert totals.tolist() == pytest.approx([seen[4], seen[3]])

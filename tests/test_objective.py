@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+
+from nitp_titan import objective
+
+
+def test_implicit_tokens_stop_at_document_borders():
+    z_BLD = torch.tensor([[[1.0], [2.0], [3.0], [10.0], [20.0]]])
+    positions_BL = torch.tensor([[0, 1, 2, 0, 1]])
+    target_BLD, valid_BL = objective.next_implicit_tokens(z_BLD, positions_BL)
+    assert valid_BL.tolist() == [[True, True, False, True, False]]
+    assert target_BLD[valid_BL].flatten().tolist() == [2.0, 3.0, 20.0]
+
+
+def test_documents_of_one_token_have_no_target():
+    z_BLD = torch.arange(4.0).reshape(1, 4, 1)
+    _, valid_BL = objective.next_implicit_tokens(z_BLD, torch.zeros(1, 4, dtype=torch.long))
+    assert not valid_BL.any()
+
+
+def test_the_last_position_takes_the_state_that_follows_on_another_rank():
+    z_BLD, positions_BL = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[4, 5]])
+    for following_position, valid in ((6, True), (0, False)):
+        target_BLD, valid_BL = objective.next_implicit_tokens(
+            z_BLD, positions_BL, following_z_BD=torch.tensor([[7.0]]),
+            following_position_B=torch.tensor([following_position]),
+        )
+        assert valid_BL.tolist() == [[True, valid]]
+        assert target_BLD[0, 1].item() == 7.0
+
+
+def test_temporal_shift_0_compares_with_the_same_position():
+    z_BLD = torch.randn(2, 5, 3)
+    target_BLD, valid_BL = objective.next_implicit_tokens(z_BLD, torch.zeros(2, 5, dtype=torch.long), temporal_shift=0)
+    assert torch.equal(target_BLD, z_BLD) and valid_BL.all()
+
+
+def test_losses_have_the_values_of_their_closed_forms():
+    x, y = torch.tensor([3.0, 4.0]), torch.tensor([4.0, -3.0])
+    assert objective.cosine_loss(x, y).item() == pytest.approx(1.0)
+    assert objective.cosine_loss(x, -2 * x).item() == pytest.approx(2.0)
+    assert objective.cosine_loss(x, 5 * x).item() == pytest.approx(0.0, abs=1e-6)
+    assert objective.mse_loss(x, y).item() == pytest.approx((1 + 49) / 2)
+    assert objective.smooth_l1_loss(x, y).item() == pytest.approx((0.5 + 6.5) / 2)
+    teacher, student = (math.exp(4) / (math.exp(4) + math.exp(-3)), math.exp(3) / (math.exp(3) + math.exp(4)))
+    kl = teacher * math.log(teacher / student) + (1 - teacher) * math.log((1 - teacher) / (1 - student))
+    assert objective.kl_loss(x, y).item() == pytest.approx(kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", objective.LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_are_float32_and_finite_for_zero_and_huge_vectors(loss, dtype):
+    rows = torch.tensor([[0.0, 0.0, 0.0], [3e4, -3e4, 1.0], [1e-6, 0.0, -1e-6]], dtype=dtype)
+    prediction = rows[None].clone().requires_grad_()
+    target = rows.flip(0)[None]
+    total = objective.nitp_loss_sum(prediction, target, torch.ones(1, 3, dtype=torch.bool), loss)
+    total.backward()
+    assert total.dtype == torch.float32 and torch.isfinite(total)
+    assert torch.isfinite(prediction.grad).all()
+
+
+def test_a_zero_vector_costs_one_and_moves_nothing_under_cosine():
+    prediction = torch.zeros(1, 1, 4, requires_grad=True)
+    total = objective.nitp_loss_sum(prediction, torch.ones(1, 1, 4), torch.ones(1, 1, dtype=torch.bool))
+    total.backward()
+    assert total.item() == 1.0 and prediction.grad.abs().max().item() == 0.0
+
+
+def test_only_valid_positions_count():
+    prediction_BLD, target_BLD = torch.randn(2, 1, 6, 4)
+    valid_BL = torch.tensor([[True, False, True, True, False, False]])
+    total = objective.nitp_loss_sum(prediction_BLD, target_BLD, valid_BL)
+    expected = sum(1 - torch.cosine_similarity(prediction_BLD[0, i], target_BLD[0, i], dim=0) for i in (0, 2, 3))
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def _mean_pair_cosine(h_LD: torch.Tensor) -> torch.Tensor:
+    pairs = [
+        torch.cosine_similarity(h_LD[i], h_LD[j], dim=0)
+        for i in range(len(h_LD)) for j in range(len(h_LD)) if i != j
+    ]
+    return torch.stack(pairs).mean()
+
+
+def test_the_regularizer_is_the_mean_cosine_over_all_pairs_with_its_gradient():
+    h_BLD = torch.randn(2, 6, 5, dtype=torch.float64).float().requires_grad_()
+    valid_BL = torch.tensor([[True] * 6, [True, True, False, True, False, False]])
+    expected = _mean_pair_cosine(h_BLD[0]) + _mean_pair_cosine(h_BLD[1, [0, 1, 3]])
+    (expected_gradient,) = torch.autograd.grad(expected, h_BLD)
+
+    with torch.no_grad():
+        sums = [objective.direction_sums(h_BLD[:, part], valid_BL[:, part]) for part in (slice(0, 2), slice(2, 6))]
+        directions, counts = (a + b for a, b in zip(*sums))
+    surrogate, value = 0.0, 0.0
+    for part in (slice(0, 2), slice(2, 6)):
+        terms = objective.cosine_regularizer_terms(h_BLD[:, part], valid_BL[:, part], directions, counts)
+        surrogate, value = surrogate + terms[0], value + terms[1]
+    (gradient,) = torch.autograd.grad(surrogate, h_BLD)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_sequences_without_a_pair_cost_nothing():
+    h_BLD = torch.randn(1, 3, 4)
+    valid_BL = torch.tensor([[False, True, False]])
+    _, value = objective.cosine_regularizer_terms(h_BLD, valid_BL, *objective.direction_sums(h_BLD, valid_BL))
+    assert value.item() == 0.0
+
+
+class TestHessian:
+    """paper.md section 2: curvature of the cosine loss without projector."""
+
+    @pytest.fixture
+    def case(self):
+        generator = torch.Generator().manual_seed(0)
+        h, z = torch.randn(2, 7, dtype=torch.float64, generator=generator)
+        hessian = torch.autograd.functional.hessian(lambda x: objective.cosine_loss(x, z), h)
+        r = h.norm()
+        u, v = h / r, z / z.norm()
+        return hessian, r, u, v, u @ v
+
+    def test_matches_the_closed_form(self, case):
+        hessian, r, u, v, s = case
+        a = v - s * u
+        eye = torch.eye(len(u), dtype=u.dtype)
+        expected = (s * (eye - torch.outer(u, u)) + torch.outer(u, a) + torch.outer(a, u)) / r**2
+        torch.testing.assert_close(hessian, expected)
+
+    def test_has_no_radial_curvature(self, case):
+        hessian, _, u, _, _ = case
+        assert abs(u @ hessian @ u) < 1e-12
+
+    def test_lifts_every_direction_orthogonal_to_the_state_by_s_over_r_squared(self, case):
+        hessian, r, u, _, s = case
+        for seed in range(5):
+            w = torch.randn(len(u), dtype=u.dtype, generator=torch.Generator().manual_seed(seed))
+            w = w - (w @ u) * u
+            torch.testing.assert_close(w @ hessian @ w, s / r**2 * (w @ w))
+
+
+def test_trained_positions_are_those_that_the_shards_find_valid():
+    positions_BL = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
+    labels_BL = torch.tensor([[5, -100, 5, 5, 5, -100, 5, 5]])
+    _, valid_BL = objective.next_implicit_tokens(torch.zeros(1, 8, 1), positions_BL)
+    trained_BL = objective.trained_positions(positions_BL, labels_BL, temporal_shift=1, ignore_index=-100)
+    assert torch.equal(trained_BL, valid_BL & (labels_BL != -100))
+    assert trained_BL.sum().item() == 3
+    same_BL = objective.trained_positions(positions_BL, labels_BL, temporal_shift=0, ignore_index=-100)
+    assert same_BL.sum().item() == 6
