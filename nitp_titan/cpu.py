@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import spmd_types as spmd
 import spmd_types._dist
@@ -160,12 +161,16 @@ class DenseFlexAttention(FlexAttention):
             raise NotImplementedError("DenseFlexAttention has no score_mod and no log-sum-exp to transform.")
         with spmd.no_typecheck():
             # Under context parallelism there are more keys than queries.
-            mask = create_mask(
-                attention_masks.mask_mod, q_BLNH.shape[0], 1, q_BLNH.shape[1], k_BLNH.shape[1], device=q_BLNH.device
-            )
+            mask = _dense_mask(attention_masks, q_BLNH.shape[0], q_BLNH.shape[1], k_BLNH.shape[1])
             q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
             return out.transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=1)
+def _dense_mask(mask: BlockMask, batch: int, queries: int, keys: int) -> torch.Tensor:
+    """[batch, 1, queries, keys], bool; all layers of a pass share one mask, so it is evaluated once."""
+    return create_mask(mask.mask_mod, batch, 1, queries, keys, device="cpu")
 
 
 @override(target=FlexAttention.Config, description="FlexAttention evaluated densely, for CPU")

@@ -1,8 +1,6 @@
 """Training metrics: NTP and NITP losses beside TorchTitan's own, to the console, files and trackers."""
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +12,8 @@ import torch
 from torch import Tensor
 from torchtitan.components.metrics import _get_metrics_rank, BaseLogger, LoggerContainer, MetricsProcessor
 from torchtitan.tools.logging import logger
+
+from nitp_titan.metrics_file import MetricsFile
 
 # Our name in metrics.jsonl <- TorchTitan's key.
 _RECORD = {
@@ -27,6 +27,7 @@ _RECORD = {
     "seconds_per_step": "time_metrics/end_to_end(s)",
     "memory_gib": "memory/max_reserved(GiB)",
 }
+_VALIDATION = {"ntp_loss": "validation_metrics/loss"}
 
 
 class NITPMetrics(MetricsProcessor):
@@ -39,16 +40,15 @@ class NITPMetrics(MetricsProcessor):
     def __init__(self, config: Config, *, dump_folder: str, parallel_dims, **kwargs):
         super().__init__(config, dump_folder=dump_folder, parallel_dims=parallel_dims, **kwargs)
         self.loss_parts: Callable[[], Tensor] | None = None
-        self.records: list[JSONLinesLogger] = []
+        self.files: list[MetricsFile] = []
         self.console: ConsoleLogger | None = None
         metrics_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=kwargs.get("pp_schedule", "1F1B"))
         if torch.distributed.get_rank() == metrics_rank:
             self._add_local_loggers(Path(dump_folder), num_steps=kwargs["config_dict"]["training"]["steps"])
 
     def _add_local_loggers(self, folder: Path, num_steps: int) -> None:
-        training = JSONLinesLogger(folder / "metrics.jsonl", _RECORD)
-        validation = JSONLinesLogger(folder / "validation.jsonl", {"ntp_loss": "validation_metrics/loss"})
-        self.records = [training, validation]
+        self.files = [MetricsFile(folder / "metrics.jsonl"), MetricsFile(folder / "validation.jsonl")]
+        training, validation = (RecordLogger(*pair) for pair in zip(self.files, (_RECORD, _VALIDATION)))
         container = LoggerContainer()
         if isinstance(self.logger, LoggerContainer):
             container.add_logger(self.logger)
@@ -59,8 +59,8 @@ class NITPMetrics(MetricsProcessor):
 
     def resume(self, step: int) -> None:
         """Continue the metrics files after ``step``, the step that a checkpoint restored."""
-        for record in self.records:
-            record.resume(step)
+        for file in self.files:
+            file.resume(step)
 
     def log(
         self,
@@ -100,65 +100,25 @@ def _quiet(log: logging.Logger) -> Iterator[None]:
         log.setLevel(level)
 
 
-class JSONLinesLogger(BaseLogger):
-    """One JSON object per step. After a resume, lines of steps that are run again are dropped first.
-
-    A new run in a folder that has a file already keeps that file as ``<name>.<n>``.
+class RecordLogger(BaseLogger):
+    """Writes the figures of a step to a `MetricsFile` under our names.
 
     Args:
-        path: the file.
+        file: where to.
         names: our name of a figure <- TorchTitan's metric key. Metrics without the first
-            key are not ours and are passed over.
+            key are not of this file and are passed over.
     """
 
-    def __init__(self, path: Path, names: dict[str, str]):
-        self.path, self.names = path, names
-        self._file = None
-
-    def resume(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = [line for line in _complete_lines(self.path) if json.loads(line)["step"] <= step]
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text("".join(kept))
-        os.replace(draft, self.path)
-        self._open()
+    def __init__(self, file: MetricsFile, names: dict[str, str]):
+        self.file, self.names = file, names
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        if next(iter(self.names.values())) not in metrics:
-            return
-        if self._file is None:
-            self._set_aside()
-            self._open()
-        record = {"step": step, **{ours: metrics[key] for ours, key in self.names.items() if key in metrics}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if next(iter(self.names.values())) in metrics:
+            figures = {ours: metrics[key] for ours, key in self.names.items() if key in metrics}
+            self.file.append({"step": step, **figures})
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a")
-
-    def _set_aside(self) -> None:
-        if self.path.exists():
-            number = 1
-            while (old := self.path.with_name(f"{self.path.name}.{number}")).exists():
-                number += 1
-            self.path.rename(old)
-            logger.warning(f"{self.path} is of another run; it is now {old}.")
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of a file; a last line that a crash cut short is left out."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def read_records(path: Path) -> list[dict[str, float]]:
-    """Records of a metrics file, one dict per logged step."""
-    return [json.loads(line) for line in _complete_lines(path)]
+        self.file.close()
 
 
 class ConsoleLogger(BaseLogger):

@@ -11,7 +11,7 @@ from torchtitan.trainer import Trainer
 
 from nitp_titan import cpu
 from nitp_titan.config import UserError
-from nitp_titan.metrics import read_records
+from nitp_titan.metrics_file import read_records
 
 
 def _stock(config) -> Trainer:

@@ -1,0 +1,146 @@
+"""The generated corpus and tokenizer, and the loader of local and Hugging Face text."""
+
+import json
+
+import pytest
+import torch
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from nitp_titan import assets as stdlib
+from nitp_titan.config import UserError
+from nitp_titan.data import check_dataset, TextDataLoader
+
+
+@pytest.fixture(scope="module")
+def tokenizer(assets):
+    return HuggingFaceTokenizer(HuggingFaceTokenizer.Config(), tokenizer_path=str(assets))
+
+
+def _loader(tokenizer, **config):
+    options = {"dp_world_size": 1, "dp_rank": 0, "seq_len": 64, "local_batch_size": 2}
+    return TextDataLoader.Config(**config).build(tokenizer=tokenizer, **options)
+
+
+def _documents(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_corpus_is_real_text_split_by_document(assets):
+    train, validation = (_documents(assets / f"{split}.jsonl") for split in ("train", "validation"))
+    names = [document["name"] for document in train + validation]
+    assert len(names) == len(set(names)) > 300
+    assert {name.partition(":")[0] for name in names} == {"topic", "docstrings", "module"}
+    assert (assets / "train.jsonl").stat().st_size > 3e6
+    assert all(stdlib.is_validation(document["name"]) for document in validation)
+    assert not any(stdlib.is_validation(document["name"]) for document in train)
+    assert "module:encodings.cp1252" not in names and "module:json.decoder" in names
+
+
+def test_near_empty_documents_and_tables_are_left_out():
+    prose = "The quick brown fox jumps over the lazy dog. " * 20
+    assert stdlib.is_text(prose)
+    assert not stdlib.is_text(prose[:100])
+    assert not stdlib.is_text("'\\x80'  # 0x80 -> CONTROL CHARACTER OF SOME KIND\n" * 50)
+    assert not stdlib.is_text("1, 2, 3, 4, 5, 6, 7, 8\n" * 100)
+
+
+def test_the_same_python_makes_the_same_bytes_and_a_second_call_does_nothing(assets, tmp_path):
+    manifest = stdlib.prepare_stdlib_assets(tmp_path / "again")
+    assert manifest.pop("new")
+    for path in assets.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    (tmp_path / "again/train.jsonl").write_text("kept as it is")
+    assert stdlib.prepare_stdlib_assets(tmp_path / "again") == {**manifest, "new": False}
+    assert (tmp_path / "again/train.jsonl").read_text() == "kept as it is"
+
+
+def test_the_tokenizer_is_lossless_with_bos_and_eos(tokenizer):
+    text = "def naïve(x):\n\treturn x ** 2  # ∑ 中文\n"
+    ids = tokenizer.encode(text, add_bos=True, add_eos=True)
+    assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+    assert tokenizer.decode(ids[1:-1]) == text
+    assert tokenizer.get_vocab_size() == 4096
+
+
+def test_documents_are_packed_and_positions_restart_with_each(tokenizer, tmp_path):
+    texts = ["def f(x):\n    return x\n" * 6, "import os\n" * 30, "class A:\n    pass\n" * 20]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    loader = _loader(tokenizer, dataset_path=str(path), text_field="body", infinite=False)
+    inputs, labels = next(iter(loader))
+    tokens = [tokenizer.encode(text, add_bos=True, add_eos=True) for text in texts]
+    stream = [(document[i], i, document[i + 1]) for document in tokens for i in range(len(document) - 1)]
+    expected = torch.tensor(stream[:128]).reshape(2, 64, 3)
+    assert torch.equal(inputs["input"], expected[..., 0])
+    assert torch.equal(labels, expected[..., 2])
+    starts = (inputs["positions"] == 0) == (expected[..., 1] == 0)
+    starts[1, 0] = True  # A sequence that opens inside a document counts from 0 again.
+    assert starts.all()
+
+
+def test_folders_and_patterns_name_all_their_files(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{name} " * 400}) + "\n")
+    firsts = {
+        str(next(iter(_loader(tokenizer, dataset_path=path)))[0]["input"].tolist())
+        for path in (str(tmp_path), str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl"))
+    }
+    assert len(firsts) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        (None, {}, r"\[dataloader\] dataset_path = '.*mine.jsonl' names no file"),
+        ("", {"dataset_path": None}, r"\[dataloader\] dataset_path is missing"),
+        ('{"txt": "x"}\n', {}, r"text_field = 'text': a document of .*line 1 has no such text. Did you mean 'txt'"),
+        ('{"text": 3}\n', {}, r"text_field = 'text': a document of .*line 1 has no such text"),
+        ("plain text\n", {}, r"mine.jsonl, line 1 is not a JSON object"),
+        ("", {}, r"mine.jsonl, line 1 is not a JSON object"),
+    ],
+)
+def test_a_wrong_path_or_field_is_named(tmp_path, lines, options, message):
+    path = tmp_path / "mine.jsonl"
+    if lines is not None:
+        path.write_text(lines)
+    with pytest.raises(UserError, match=message):
+        check_dataset(TextDataLoader.Config(**{"dataset_path": str(path), **options}))
+
+
+def test_a_document_without_text_in_the_middle_is_named(tokenizer, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "good"}\n{"other": "bad"}\n')
+    with pytest.raises(UserError, match="text_field = 'text': a document of dataset .*mine.jsonl"):
+        next(iter(_loader(tokenizer, dataset_path=str(path), infinite=False)))
+
+
+def test_a_hugging_face_dataset_is_opened_by_name_and_a_failure_is_one_line(tokenizer, monkeypatch):
+    import datasets
+
+    seen = {}
+
+    def load(path, **options):
+        seen.update(path=path, **options)
+        if path == "someone/missing":
+            raise ConnectionError("offline\nand a long story")
+        rows = datasets.Dataset.from_dict({"content": ["some words " * 200]})
+        return rows.to_iterable_dataset()
+
+    monkeypatch.setattr("nitp_titan.data.load_dataset", load)
+    loader = _loader(tokenizer, dataset="someone/Corpus", subset="en", split="validation", text_field="content")
+    assert next(iter(loader))[0]["input"].shape == (2, 64)
+    assert seen == {"path": "someone/Corpus", "name": "en", "split": "validation", "streaming": True}
+    with pytest.raises(UserError, match=r"dataset = 'someone/missing' .* could not be opened: ConnectionError: offline$"):
+        _loader(tokenizer, dataset="someone/missing")
+
+
+def test_a_loader_continues_where_its_state_was_taken(tokenizer, assets):
+    loader = _loader(tokenizer, dataset_path=str(assets / "train.jsonl"))
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    state = loader.state_dict()
+    expected = next(iterator)[0]["input"]
+    again = _loader(tokenizer, dataset_path=str(assets / "train.jsonl"))
+    again.load_state_dict(state)
+    assert torch.equal(next(iter(again))[0]["input"], expected)

@@ -1,0 +1,99 @@
+"""The two entry points under torchrun, the command line and the quickstart."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nitp_titan.metrics_file import read_records
+
+FLAGS = ["--training.steps", "2", "--metrics.log_freq", "1", "--checkpoint.no-enable", "--nitp.weight", "0.8"]
+
+
+@pytest.fixture(scope="module")
+def both(torchrun, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("entries")
+    ours = torchrun(
+        1, "-m", "nitp_titan.train", "--recipe", "recipes/debug/nitp_debug.toml",
+        "--train-config", "train_configs/cpu.toml", "--dump_folder", str(folder / "ours"), *FLAGS,
+    )
+    stock = torchrun(
+        1, "-m", "torchtitan.train", "--module", "nitp_titan", "--config", "debug/nitp_debug@cpu",
+        "--dump_folder", str(folder / "stock"), *FLAGS,
+    )
+    for done in (ours, stock):
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def test_both_entry_points_give_identical_losses(both):
+    ours, stock = (read_records(both / name / "metrics.jsonl") for name in ("ours", "stock"))
+    assert [record["step"] for record in ours] == [1, 2]
+    for key in ("ntp_loss", "nitp_loss", "loss", "grad_norm", "lr", "tokens"):
+        assert [record[key] for record in ours] == [record[key] for record in stock], key
+
+
+def test_flags_reach_the_run_and_its_resolved_recipe(both):
+    resolved = json.loads((both / "ours/resolved.json").read_text())
+    assert resolved["nitp"]["weight"] == 0.8 and resolved["training"]["steps"] == 2
+    for record in read_records(both / "ours/metrics.jsonl"):
+        assert record["loss"] == pytest.approx(record["ntp_loss"] + 0.8 * record["nitp_loss"], rel=1e-5)
+
+
+def _start(*arguments, environment=None):
+    command = [sys.executable, "-m", "nitp_titan.train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def outside_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK")
+
+
+def test_help_lists_our_settings(outside_torchrun):
+    done = _start("--help")
+    assert done.returncode == 0
+    for text in ("torchrun --nproc_per_node N", "--nitp.weight", "--nitp.target-layer", "--nitp.stop-gradient",
+                 "--float8.enable", "--training.steps", "Weight lambda of the NITP loss"):
+        assert text in done.stdout, text
+
+
+def test_without_torchrun_it_says_how_to_start(outside_torchrun):
+    done = _start("--recipe", "recipes/debug/nitp_debug.toml")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: training starts under torchrun: torchrun --nproc_per_node 1 -m nitp_titan.train "
+        "--recipe recipes/debug/nitp_debug.toml\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: --recipe is missing. The project's own: debug/llama_debug, debug/nitp_debug"),
+        (["--recipe", "recipes/debug/nitp_debgu.toml"], "nitp_debgu.toml does not exist. Did you mean"),
+        (["--recipe", "debug/nitp_debug", "--train-config", "cpu", "--nitp.target_layer", "9"], "[nitp] target_layer = 9, but it must be 0 (embedding) to 4"),
+        (["--recipe", "debug/nitp_debug", "--train-config", "cpu", "--training.local_batch_size", "3"], "[training] global_batch_size = 16 is no multiple of local_batch_size = 3 times 1"),
+        (["--recipe", "debug/nitp_debug", "--train-config", "cpu", "--parallelism.tensor_parallel_degree", "2"], "[parallelism] needs tensor 2 = 2 ranks, but torchrun started 1"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, arguments, message):
+    done = _start(*arguments, *(["--dump_folder", str(tmp_path / "run")] if "--train-config" in arguments else []))
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_the_quickstart_writes_both_runs_and_the_report_and_a_second_time_is_fast(assets, tmp_path):
+    command = [sys.executable, "scripts/quickstart.py", "--steps", "3", "--out", str(tmp_path)]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    for arm in ("ntp", "nitp"):
+        assert read_records(tmp_path / arm / "metrics.jsonl")[-1]["tokens"] > 0
+        assert (tmp_path / arm / "resolved.toml").exists() and (tmp_path / arm / "checkpoint/step-3/.metadata").exists()
+    assert (tmp_path / "report/losses.png").exists()
+    assert "| nitp | " in first.stdout and "losses.png" in first.stdout and "nitp: step 1/3" in first.stdout
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 0 and "ntp: already trained" in second.stdout and "nitp: already trained" in second.stdout
+    assert "| nitp | " in second.stdout

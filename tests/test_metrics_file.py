@@ -1,0 +1,44 @@
+import json
+
+from nitp_titan.metrics_file import MetricsFile, read_records
+
+
+def _write(path, steps, *, resume=None):
+    file = MetricsFile(path)
+    if resume is not None:
+        file.resume(resume)
+    for step in steps:
+        file.append({"step": step, "ntp_loss": 1.0 / step})
+    file.close()
+
+
+def test_a_resumed_file_holds_each_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    _write(path, [1, 2, 3, 4, 5])
+    _write(path, [4, 5, 6], resume=3)
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4, 5, 6]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    _write(path, [1, 2])
+    with path.open("a") as stream:
+        stream.write('{"step": 3, "ntp_')
+    assert [record["step"] for record in read_records(path)] == [1, 2]
+    _write(path, [3], resume=2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_new_run_keeps_the_metrics_of_an_older_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for steps in ([1, 2], [1], [1, 2, 3]):
+        _write(path, steps)
+    lengths = {file.name: len(read_records(file)) for file in tmp_path.iterdir()}
+    assert lengths == {"metrics.jsonl": 3, "metrics.jsonl.1": 2, "metrics.jsonl.2": 1}
+
+
+def test_a_resume_without_a_file_starts_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    _write(path, [8], resume=7)
+    assert [record["step"] for record in read_records(path)] == [8]
