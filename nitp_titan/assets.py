@@ -11,6 +11,7 @@ import json
 import pydoc_data.topics
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -23,7 +24,7 @@ VOCAB_SIZE = 4096
 VALIDATION_PERCENT = 5
 
 # Raised when the text or the tokenizer would differ for the same Python.
-_FORMAT = 1
+_FORMAT = 2
 _MIN_CHARS = 400
 _MIN_PROSE = 0.75
 _MAX_CODES = 0.25
@@ -54,17 +55,26 @@ def _source_modules() -> Iterator[tuple[str, str]]:
             yield ".".join(parts), path.read_text(encoding="utf-8", errors="ignore")
 
 
-def _compiled_modules() -> Iterator[tuple[str, str]]:
+def _compiled_modules() -> list[tuple[str, str]]:
+    """Docstrings as a fresh interpreter has them: libraries and debuggers replace functions of ours."""
+    command = [sys.executable, "-I", "-S", __file__]
+    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
+    return [tuple(entry) for entry in json.loads(done.stdout)]
+
+
+def _docstrings_of_compiled_modules() -> Iterator[tuple[str, str]]:
     for name in sorted(sys.builtin_module_names):
         module = import_module(name)
         texts = [inspect.getdoc(module) or ""]
         for key, value in sorted(vars(module).items()):
+            if not (inspect.isroutine(value) or inspect.isclass(value)):
+                continue
             texts.append(f"{key}\n{inspect.getdoc(value) or ''}")
             if inspect.isclass(value):
                 texts += [
-                    f"{key}.{attr}\n{inspect.getdoc(member)}"
-                    for attr, member in sorted(vars(value).items())
-                    if not attr.startswith("_") and inspect.getdoc(member)
+                    f"{key}.{attribute}\n{inspect.getdoc(member)}"
+                    for attribute, member in sorted(vars(value).items())
+                    if not attribute.startswith("_") and inspect.getdoc(member)
                 ]
         yield name, "\n\n".join(texts)
 
@@ -172,3 +182,7 @@ def prepare_stdlib_assets(folder: Path) -> dict:
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
     return {**manifest, "new": True}
+
+
+if __name__ == "__main__":
+    json.dump(list(_docstrings_of_compiled_modules()), sys.stdout)

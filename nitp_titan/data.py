@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import derive
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 
@@ -50,13 +50,8 @@ class TextDataLoader(HuggingFaceTextDataLoader):
             loader=partial(_load, config=config),
             sample_processor=partial(_text, config=config),
         )
-        super().__init__(derive_registered(config, name), tokenizer=tokenizer, **kwargs)
-
-
-def derive_registered(config: TextDataLoader.Config, name: str) -> HuggingFaceTextDataLoader.Config:
-    from torchtitan.config import derive
-
-    return derive(config, HuggingFaceTextDataLoader.Config, dataset=name)
+        registered = derive(config, HuggingFaceTextDataLoader.Config, dataset=name)
+        super().__init__(registered, tokenizer=tokenizer, **kwargs)
 
 
 def local_files(pattern: str) -> list[str]:
@@ -101,20 +96,21 @@ def check_dataset(config: TextDataLoader.Config) -> None:
 
 
 def _load(path: str, *, config: TextDataLoader.Config):
-    if config.dataset == "json":
-        files = local_files(path)
-        try:
-            return load_dataset("json", data_files=files, split="train")
-        except DatasetGenerationError as error:
-            raise UserError(f"[dataloader] dataset_path = '{path}' is no JSON-lines text: {error.__cause__}") from error
+    is_local = config.dataset == "json"
     try:
+        if is_local:
+            return load_dataset("json", data_files=local_files(path), split="train")
         return load_dataset(path, name=config.subset, split=config.split, streaming=config.streaming)
     except Exception as error:
-        # The hub's client raises many types; each of them means that the name, subset or network is wrong.
-        raise UserError(
-            f"[dataloader] dataset = '{config.dataset}' (subset {config.subset!r}, split {config.split!r}) "
-            f"could not be opened: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        # `datasets` raises many types here; each of them means that what the config names is wrong.
+        source = (
+            f"dataset_path = '{path}': not every line is a JSON object with the fields of the first"
+            if is_local
+            else f"dataset = '{path}' (subset {config.subset!r}, split {config.split!r}) could not be opened"
+        )
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        key = "dataset_path" if is_local else "dataset"
+        raise UserError(f"[dataloader] {source}: {reason}", table="dataloader", key=key) from error
 
 
 def _text(document: dict[str, Any], *, config: TextDataLoader.Config, place: str | None = None) -> str:

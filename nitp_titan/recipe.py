@@ -237,10 +237,13 @@ def _optimizer(settings: Settings):
             key: _converted(value, hints[key], f"{settings.place('optimizer', key)}[optimizer] {key}")
             for key, value in adamw.items()
         }
-        if "betas" in adamw:
-            adamw["betas"] = tuple(adamw["betas"])
         default = default_adamw(**adamw)
-    return _filled(settings, "optimizer", default, table, also=list(OPTIMIZER_RANGES))
+    optimizer = _filled(settings, "optimizer", default, table, also=list(OPTIMIZER_RANGES))
+    for group in optimizer.param_groups:
+        # TOML has lists only; torch.optim's betas are a tuple.
+        for name, value in group.optimizer_kwargs.items():
+            group.optimizer_kwargs[name] = tuple(value) if isinstance(value, list) else value
+    return optimizer
 
 
 def _activation_checkpoint(settings: Settings):

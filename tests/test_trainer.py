@@ -104,7 +104,8 @@ def test_accumulation_and_log_interval_leave_the_figures_as_they_are(assets, tmp
         same = ("ntp_loss", "nitp_loss", "loss", "grad_norm", "lr", "tokens")
         assert {key: record[key] for key in same} == {key: records["four passes"][step][key] for key in same}
     for name, gradient in gradients["one pass"].items():
-        torch.testing.assert_close(gradients["four passes"][name], gradient, rtol=2e-3, atol=1e-6)
+        # After four steps of Adam the order of summation shows in single elements.
+        assert (gradients["four passes"][name] - gradient).norm() < 1e-3 * gradient.norm(), name
 
 
 def test_the_logged_losses_are_averages_over_the_trained_positions(assets, tmp_path):
