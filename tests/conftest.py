@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "tests"))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
@@ -23,7 +23,7 @@ def project_folder():
     """Tests run in the project, as users do; as rank 0 of a world of one."""
     os.chdir(PROJECT)
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    os.environ.update(one_rank, MASTER_PORT=str(_free_port()))
+    os.environ.update(one_rank, MASTER_PORT=str(free_port()))
     return PROJECT
 
 
@@ -44,7 +44,7 @@ def torchrun(assets):
         single = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
         environment = {key: value for key, value in os.environ.items() if key not in single}
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
-        command += ["--master_port", str(_free_port()), *arguments]
+        command += ["--master_port", str(free_port()), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
 
     return run

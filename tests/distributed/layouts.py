@@ -1,27 +1,27 @@
 """Worker under torchrun: trains one seed checkpoint on a list of layouts and writes the figures as JSON.
 
     torchrun --nproc_per_node N tests/distributed/layouts.py FOLDER LAYOUTS.json
+
+LAYOUTS.json holds ``{name: {"port": free port, "sections": changes to the debug recipe}}``.
 """
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from helpers import gradient_norms, make_config, parameters
 
 from nitp_titan.metrics_file import read_records
 
-SEED_FLAGS = {"enable": True, "create_seed_checkpoint": True}
-
 
 def run_layout(folder: Path, name: str, sections: dict) -> dict:
-    sections = dict(sections)
-    sections["checkpoint"] = {
-        "enable": True, "load_only": True, "initial_load_path": str(folder / "seed/checkpoint/step-0"),
-    }
+    """Figures of one layout: float64 gradient norms per step, the norm of all weights, logged metrics."""
+    seed = str(folder / "seed/checkpoint/step-0")
+    sections = {**sections, "checkpoint": {"enable": True, "load_only": True, "initial_load_path": seed}}
     trainer = make_config(folder / name, **sections).build()
     trainer.checkpointer.load(step=-1)
     batches = trainer.batch_generator(trainer.dataloader)
@@ -34,14 +34,30 @@ def run_layout(folder: Path, name: str, sections: dict) -> dict:
     return {"norms": norms, "weights": weights}
 
 
-def main() -> None:
-    folder, layouts = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    results = {name: run_layout(folder, name, sections) for name, sections in layouts.items()}
-    if torch.distributed.get_rank() == 0:
-        for name, result in results.items():
+def in_child(folder: Path, name: str, port: int, sections: dict) -> bool:
+    """Run a layout in a forked process: TorchTitan's meshes are globals, its import takes seconds."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    status = 1
+    try:
+        os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+        result = run_layout(folder, name, sections)
+        if os.environ["RANK"] == "0":
             result["records"] = read_records(folder / name / "metrics.jsonl")
             (folder / f"{name}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+        status = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    folder, layouts = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    failed = [name for name, layout in layouts.items() if not in_child(folder, name, **layout)]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from conftest import free_port
 from helpers import make_config
 
 WORKER = "tests/distributed/layouts.py"
@@ -31,7 +32,8 @@ def results(torchrun, tmp_path_factory):
     trainer.close()
     figures = {}
     for num_ranks, layouts in LAYOUTS.items():
-        (folder / "layouts.json").write_text(json.dumps(layouts))
+        described = {name: {"port": free_port(), "sections": sections} for name, sections in layouts.items()}
+        (folder / "layouts.json").write_text(json.dumps(described))
         done = torchrun(num_ranks, WORKER, str(folder), str(folder / "layouts.json"))
         assert done.returncode == 0, done.stderr[-4000:]
         figures |= {name: json.loads((folder / f"{name}.json").read_text()) for name in layouts}

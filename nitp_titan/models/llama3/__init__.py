@@ -1,5 +1,7 @@
 """Llama-style dense decoders (RMSNorm, SwiGLU, RoPE, no biases), from TorchTitan's own blocks."""
 
+from functools import partial
+
 import torch.nn as nn
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
@@ -9,8 +11,6 @@ from torchtitan.models.llama3 import Llama3Model, parallelize_llama
 from torchtitan.models.llama3.model import Llama3TransformerBlock
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
-
-from functools import partial
 
 
 def _normal(std: float) -> dict:
@@ -83,7 +83,7 @@ def llama(
     )
 
 
-_DEBUG = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=384, vocab_size=4096)
+_DEBUG = dict(dim=96, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=4096)
 
 FLAVORS = {
     # Small enough for two CPU cores, shaped like the paper's dense models: GQA, tied embeddings.
