@@ -37,7 +37,6 @@ REQUIRED_KEYS = [
     ("training", "steps"),
 ]
 NONE = "none"
-_KINDS = {"recipe": "a recipe", "train config": "a train config"}
 
 
 @dataclasses.dataclass
@@ -49,6 +48,8 @@ class Settings:
 
     tables: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     origins: dict[tuple[str, str], Path] = dataclasses.field(default_factory=dict)
+    misplaced: list[str] = dataclasses.field(default_factory=list)
+    """Keys in the wrong kind of file; complained about once it is clear that they exist at all."""
 
     def add(self, table: str, key: str, value: Any, origin: Path) -> None:
         self.tables.setdefault(table, {})[key] = value
@@ -83,23 +84,16 @@ def _is_recipe_key(table: str, key: str) -> bool:
     return table in RECIPE_KEYS and (RECIPE_KEYS[table] is None or key in RECIPE_KEYS[table])
 
 
-def _flat(path: Path, data: dict[str, Any], kind: str | None) -> Iterator[tuple[str, str, Any]]:
-    """(table, key, value) of a file; checks that each key belongs to this ``kind`` of file."""
+def _entries(data: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(table, key, value) of a parsed file."""
     for name, content in data.items():
-        entries = content.items() if isinstance(content, dict) else [(name, content)]
-        table = name if isinstance(content, dict) else ""
-        for key, value in entries:
-            owner = "recipe" if _is_recipe_key(table, key) else "train config"
-            if kind is not None and owner != kind:
-                place = f"[{table}] {key}" if table else key
-                raise UserError(
-                    f"{path}: {place} belongs to {_KINDS[owner]}, not to {_KINDS[kind]}. A recipe says what is "
-                    "trained, a train config where and how it runs."
-                )
-            yield table, key, value
+        if isinstance(content, dict):
+            yield from ((name, key, value) for key, value in content.items())
+        else:
+            yield "", name, content
 
 
-def _read_into(settings: Settings, path: Path, kind: str | None, *, extends: bool = False) -> None:
+def _read_into(settings: Settings, path: Path, kind: str, *, extends: bool = False) -> None:
     data = read_toml(path)
     base = data.pop("extends", None)
     if base is not None:
@@ -112,7 +106,14 @@ def _read_into(settings: Settings, path: Path, kind: str | None, *, extends: boo
             _read_into(settings, path.parent / base, kind)
         except UserError as error:
             raise UserError(f"{path}: extends = '{base}': {error}") from None
-    for table, key, value in _flat(path, data, kind):
+    for table, key, value in _entries(data):
+        owner = "recipe" if _is_recipe_key(table, key) else "train config"
+        if owner != kind:
+            place = f"[{table}] {key}" if table else key
+            settings.misplaced.append(
+                f"{path}: {place} belongs to a {owner}, not to a {kind}. A recipe says what is trained, a train "
+                "config where and how it runs."
+            )
         settings.add(table, key, value, path)
 
 
@@ -132,7 +133,7 @@ def read_settings(recipe: Path, train_config: Path | None) -> Settings:
         if train_config is not None:
             raise UserError(f"{recipe} is the resolved recipe of a run and needs no train config.")
         del head["resolved"]
-        for table, key, value in _flat(recipe, head, None):
+        for table, key, value in _entries(head):
             settings.add(table, key, value, recipe)
     else:
         if train_config is None:
@@ -181,6 +182,8 @@ def build(settings: Settings):
         unknown = set(settings.tables) - set(changes) - {""}
         for table in sorted(unknown):
             raise UserError(f"{settings.place(table)}there is no table [{table}].{nearest(table, list(changes))}")
+        if settings.misplaced:
+            raise UserError(settings.misplaced[0])
         return NITPTrainer.Config(**changes)
     except UserError as error:
         # The checks of the configs know no files; those that know the setting get its file here.
