@@ -4,15 +4,20 @@
 
 R is a recipe (what is trained), C a train config (where and how; default: train_configs/gpu.toml
 where there is a GPU, else train_configs/cpu.toml). Flags override both: --nitp.weight 0.8,
---training.steps 100, and every other flag of TorchTitan. --help lists them.
+--optimizer.lr 1e-3, --training.steps 100, and every other flag of TorchTitan. --help lists them.
 """
 
 import argparse
 import os
+import re
 import sys
 
 from nitp_titan import recipe
-from nitp_titan.config import UserError
+from nitp_titan.config import OPTIMIZER_RANGES, UserError
+
+# [optimizer] lr of a recipe is this flag of TorchTitan.
+_OPTIMIZER_FLAG = re.compile(rf"--optimizer\.({'|'.join(OPTIMIZER_RANGES)})\b")
+_TITAN_FLAG = r"--optimizer.param-groups.0.optimizer-kwargs.\1"
 
 
 def titan_arguments(argv: list[str]) -> list[str]:
@@ -25,6 +30,7 @@ def titan_arguments(argv: list[str]) -> list[str]:
     parser.add_argument("--recipe")
     parser.add_argument("--train-config", "--train_config")
     known, flags = parser.parse_known_args(argv)
+    flags = [_OPTIMIZER_FLAG.sub(_TITAN_FLAG, flag) for flag in flags]
     helping = "--help" in flags or "-h" in flags
     if known.recipe is None:
         if not helping:

@@ -8,8 +8,10 @@ import sys
 import pytest
 
 from nitp_titan.metrics_file import read_records
+from nitp_titan.train import titan_arguments
 
 FLAGS = ["--training.steps", "2", "--metrics.log_freq", "1", "--checkpoint.no-enable", "--nitp.weight", "0.8"]
+LR = ["--optimizer.lr", "1e-4"], ["--optimizer.param-groups.0.optimizer-kwargs.lr", "1e-4"]
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +19,11 @@ def both(torchrun, tmp_path_factory):
     folder = tmp_path_factory.mktemp("entries")
     ours = torchrun(
         1, "-m", "nitp_titan.train", "--recipe", "recipes/debug/nitp_debug.toml",
-        "--train-config", "train_configs/cpu.toml", "--dump_folder", str(folder / "ours"), *FLAGS,
+        "--train-config", "train_configs/cpu.toml", "--dump_folder", str(folder / "ours"), *FLAGS, *LR[0],
     )
     stock = torchrun(
         1, "-m", "torchtitan.train", "--module", "nitp_titan", "--config", "debug/nitp_debug@cpu",
-        "--dump_folder", str(folder / "stock"), *FLAGS,
+        "--dump_folder", str(folder / "stock"), *FLAGS, *LR[1],
     )
     for done in (ours, stock):
         assert done.returncode == 0, done.stderr[-4000:]
@@ -39,7 +41,14 @@ def test_flags_reach_the_run_and_its_resolved_recipe(both):
     resolved = json.loads((both / "ours/resolved.json").read_text())
     assert resolved["nitp"]["weight"] == 0.8 and resolved["training"]["steps"] == 2
     for record in read_records(both / "ours/metrics.jsonl"):
+        assert record["lr"] == pytest.approx(1e-4 * record["step"] / 2)
         assert record["loss"] == pytest.approx(record["ntp_loss"] + 0.8 * record["nitp_loss"], rel=1e-5)
+
+
+def test_the_optimizer_flags_have_the_names_of_the_recipe():
+    arguments = titan_arguments(["--recipe", "a", "--train_config", "b", "--optimizer.lr", "1e-4", "--optimizer.weight_decay=0"])
+    flag = "--optimizer.param-groups.0.optimizer-kwargs."
+    assert arguments == ["--module", "nitp_titan", "--config", "a@b", f"{flag}lr", "1e-4", f"{flag}weight_decay=0"]
 
 
 def _start(*arguments, environment=None):
