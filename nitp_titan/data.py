@@ -54,6 +54,26 @@ class TextDataLoader(HuggingFaceTextDataLoader):
         super().__init__(registered, tokenizer=tokenizer, **kwargs)
 
 
+def check_sources(config) -> None:
+    """Raise UserError unless a ``Trainer.Config``'s tokenizer and local text are there; before anything is built."""
+    tokenizer = Path(config.hf_assets_path) / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError(
+            f"hf_assets_path = '{config.hf_assets_path}' holds no tokenizer.json.{_how_to_make(config.hf_assets_path)}",
+            table="", key="hf_assets_path",
+        )
+    sources = {"dataloader": config.dataloader}
+    if config.validator.enable:
+        sources["validator.dataloader"] = config.validator.dataloader
+    for table, source in sources.items():
+        if isinstance(source, TextDataLoader.Config):
+            check_dataset(source, table)
+
+
+def _how_to_make(path: str) -> str:
+    return " Run `python scripts/prepare_assets.py` to make it." if "assets/stdlib" in path else ""
+
+
 def local_files(pattern: str) -> list[str]:
     """Files that a path, a folder (its ``*.jsonl``) or a glob pattern names, sorted."""
     if Path(pattern).is_dir():
@@ -61,7 +81,7 @@ def local_files(pattern: str) -> list[str]:
     return sorted(path for path in glob.glob(pattern) if Path(path).is_file())
 
 
-def check_dataset(config: TextDataLoader.Config) -> None:
+def check_dataset(config: TextDataLoader.Config, table: str = "dataloader") -> None:
     """Raise UserError unless local files exist and their first document has the text field.
 
     Touches no network: a Hugging Face dataset is checked when it is opened.
@@ -70,15 +90,14 @@ def check_dataset(config: TextDataLoader.Config) -> None:
         return
     if not config.dataset_path:
         raise UserError(
-            "[dataloader] dataset_path is missing: dataset = 'json' needs a JSON-lines file, folder or pattern.",
-            table="dataloader", key="dataset_path",
+            f"[{table}] dataset_path is missing: dataset = 'json' needs a JSON-lines file, folder or pattern.",
+            table=table, key="dataset_path",
         )
     files = local_files(config.dataset_path)
     if not files:
-        hint = " Run `python scripts/prepare_assets.py` to make it." if "assets/stdlib" in config.dataset_path else ""
         raise UserError(
-            f"[dataloader] dataset_path = '{config.dataset_path}' names no file.{hint}",
-            table="dataloader", key="dataset_path",
+            f"[{table}] dataset_path = '{config.dataset_path}' names no file.{_how_to_make(config.dataset_path)}",
+            table=table, key="dataset_path",
         )
     for file in files:
         with open(file, encoding="utf-8") as stream:
@@ -89,10 +108,9 @@ def check_dataset(config: TextDataLoader.Config) -> None:
             document = None
         if not isinstance(document, dict):
             raise UserError(
-                f"[dataloader] dataset_path: {file}, line 1 is not a JSON object.", table="dataloader",
-                key="dataset_path",
+                f"[{table}] dataset_path: {file}, line 1 is not a JSON object.", table=table, key="dataset_path"
             )
-        _text(document, config=config, place=f"{file}, line 1")
+        _text(document, config=config, place=f"{file}, line 1", table=table)
 
 
 def _load(path: str, *, config: TextDataLoader.Config):
@@ -113,13 +131,15 @@ def _load(path: str, *, config: TextDataLoader.Config):
         raise UserError(f"[dataloader] {source}: {reason}", table="dataloader", key=key) from error
 
 
-def _text(document: dict[str, Any], *, config: TextDataLoader.Config, place: str | None = None) -> str:
+def _text(
+    document: dict[str, Any], *, config: TextDataLoader.Config, place: str | None = None, table: str = "dataloader"
+) -> str:
     text = document.get(config.text_field)
     if not isinstance(text, str):
         place = place or f"dataset '{config.dataset_path or config.dataset}'"
         raise UserError(
-            f"[dataloader] text_field = '{config.text_field}': a document of {place} has no such text."
+            f"[{table}] text_field = '{config.text_field}': a document of {place} has no such text."
             f"{nearest(config.text_field, list(document))}",
-            table="dataloader", key="text_field",
+            table=table, key="text_field",
         )
     return text

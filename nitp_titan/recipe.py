@@ -7,16 +7,14 @@ to exactly one of the two. Imports torch only when a config is built.
 import dataclasses
 import json
 import os
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin, Literal
+from typing import Any
 
 import tomli
 import tomli_w
 
-from nitp_titan.config import ModelConfig, nearest, OPTIMIZER_RANGES, UserError
+from nitp_titan.config import nearest, UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -36,7 +34,6 @@ REQUIRED_KEYS = [
     ("training", "global_batch_size"),
     ("training", "steps"),
 ]
-NONE = "none"
 
 
 @dataclasses.dataclass
@@ -155,261 +152,16 @@ def load(recipe: Path, train_config: Path | None):
     Raises:
         UserError: naming file, table, key, value and what is allowed.
     """
-    return build(read_settings(recipe, train_config))
+    from nitp_titan import schema
 
-
-def build(settings: Settings):
-    """``NITPTrainer.Config`` from merged tables; imports TorchTitan."""
-    from nitp_titan.trainer import NITPTrainer
-
-    try:
-        changes = {}
-        for field, default in _defaults(settings).items():
-            if field in ("model", "model_spec"):
-                changes[field] = default
-            elif field == "optimizer":
-                changes[field] = _optimizer(settings)
-            elif field == "activation_checkpoint":
-                changes[field] = _activation_checkpoint(settings)
-            else:
-                changes[field] = _filled(settings, field, default, settings.tables.get(field, {}))
-        hints = typing.get_type_hints(NITPTrainer.Config, include_extras=False)
-        for key, value in settings.tables.get("", {}).items():
-            if key not in ("hf_assets_path", "dump_folder"):
-                tables = [*changes, "hf_assets_path", "dump_folder"]
-                raise UserError(f"{settings.place('', key)}there is no key '{key}'.{nearest(key, tables)}")
-            changes[key] = _converted(value, hints[key], settings.place("", key) + key)
-        unknown = set(settings.tables) - set(changes) - {""}
-        for table in sorted(unknown):
-            raise UserError(f"{settings.place(table)}there is no table [{table}].{nearest(table, list(changes))}")
-        if settings.misplaced:
-            raise UserError(settings.misplaced[0])
-        return NITPTrainer.Config(**changes)
-    except UserError as error:
-        # The checks of the configs know no files; those that know the setting get its file here.
-        place = settings.place(error.table, error.key) if error.table is not None else ""
-        raise UserError(place + str(error)) from None
-
-
-def _defaults(settings: Settings) -> dict[str, Any]:
-    """Default of every section, with the components that this project chooses."""
-    from torchtitan.components.checkpoint import CheckpointManager
-    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-    from torchtitan.components.tokenizer import HuggingFaceTokenizer
-    from torchtitan.components.validate import Validator
-    from torchtitan.models.common.config_utils import decoder_vocab_size
-
-    from nitp_titan.data import TextDataLoader
-    from nitp_titan.models import build_model_spec
-    from nitp_titan.trainer import NITPTrainer
-
-    model = _filled(settings, "model", ModelConfig(), settings.tables["model"])
-    spec = build_model_spec(model)
-    chosen = {
-        "model": model,
-        "model_spec": spec,
-        "loss": ChunkedLossWrapper.Config(
-            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
-        ),
-        "dataloader": TextDataLoader.Config(),
-        "validator": Validator.Config(dataloader=TextDataLoader.Config(infinite=False), steps=10),
-        "checkpoint": CheckpointManager.Config(),
-        "tokenizer": HuggingFaceTokenizer.Config(),
-    }
-    sections = [field for field in dataclasses.fields(NITPTrainer.Config) if field.name not in ("hf_assets_path", "dump_folder")]
-    return {
-        field.name: chosen[field.name] if field.name in chosen else field.default_factory()
-        for field in sections
-    }
-
-
-def _optimizer(settings: Settings):
-    from torchtitan.components.optimizer import default_adamw, OptimizersContainer
-
-    table = dict(settings.tables["optimizer"])
-    adamw = {key: table.pop(key) for key in OPTIMIZER_RANGES if key in table}
-    if adamw and "param_groups" in table:
-        raise UserError(
-            f"{settings.place('optimizer', 'param_groups')}[optimizer] has both param_groups and "
-            f"{', '.join(adamw)}; give each group its own optimizer_kwargs instead."
-        )
-    default = OptimizersContainer.Config()
-    if adamw:
-        hints = {"lr": float, "eps": float, "weight_decay": float, "betas": list[float]}
-        adamw = {
-            key: _converted(value, hints[key], f"{settings.place('optimizer', key)}[optimizer] {key}")
-            for key, value in adamw.items()
-        }
-        default = default_adamw(**adamw)
-    optimizer = _filled(settings, "optimizer", default, table, also=list(OPTIMIZER_RANGES))
-    for group in optimizer.param_groups:
-        # TOML has lists only; torch.optim's betas are a tuple.
-        for name, value in group.optimizer_kwargs.items():
-            group.optimizer_kwargs[name] = tuple(value) if isinstance(value, list) else value
-    return optimizer
-
-
-def _activation_checkpoint(settings: Settings):
-    from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
-
-    modes = {"none": None, "selective": SelectiveAC, "full": FullAC, "memory_budget": MemoryBudgetAC}
-    table = dict(settings.tables.get("activation_checkpoint", {}))
-    mode = table.pop("mode", "selective")
-    if mode not in modes:
-        raise UserError(
-            f"{settings.place('activation_checkpoint', 'mode')}[activation_checkpoint] mode = {mode!r}, but it must "
-            f"be one of {', '.join(map(repr, modes))}.{_hint(str(mode), list(modes))}"
-        )
-    if modes[mode] is None:
-        if table:
-            raise UserError(
-                f"{settings.place('activation_checkpoint')}[activation_checkpoint] {next(iter(table))} has no "
-                "meaning with mode = 'none'."
-            )
-        return None
-    return _filled(settings, "activation_checkpoint", modes[mode].Config(), table, also=["mode"])
-
-
-def _filled(settings: Settings, name: str, default: Any, table: Any, also: list[str] | None = None) -> Any:
-    """Copy of the dataclass ``default`` with the values of a TOML table, nested tables included."""
-    top = name.split(".")[0]
-    if not isinstance(table, dict):
-        raise UserError(f"{settings.place(top)}[{name}] must be a table, not {table!r}.")
-    hints = typing.get_type_hints(type(default), include_extras=False)
-    fields = {field.name for field in dataclasses.fields(default) if not field.name.startswith("_")}
-    changes = {}
-    for key, value in table.items():
-        place = f"{settings.place(top, key)}[{name}]"
-        if key not in fields:
-            raise UserError(f"{place} has no key '{key}'.{nearest(key, sorted(fields | set(also or [])))}")
-        current = getattr(default, key)
-        if dataclasses.is_dataclass(current):
-            changes[key] = _filled(settings, f"{name}.{key}", current, value)
-            continue
-        changes[key] = _converted(value, hints[key], f"{place} {key}")
-    if name == "checkpoint" and changes.get("initial_load_path") and "://" not in changes["initial_load_path"]:
-        changes["initial_load_path"] = os.path.abspath(changes["initial_load_path"])
-    try:
-        return dataclasses.replace(default, **changes)
-    except UserError:
-        raise
-    except (ValueError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"{settings.place(top)}[{name}] {error}") from None
-
-
-def _converted(value: Any, hint: Any, place: str) -> Any:
-    """``value`` as the type ``hint``, or UserError with the value and what is allowed."""
-    origin = get_origin(hint)
-    if origin is typing.Annotated:
-        return _converted(value, get_args(hint)[0], place)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        options = get_args(hint)
-        if type(None) in options and value == NONE:
-            return None
-        options = [option for option in options if option is not type(None)]
-        for option in options:
-            try:
-                return _converted(value, option, place)
-            except UserError:
-                if len(options) == 1:
-                    raise
-    elif origin is Literal:
-        if value in get_args(hint) and type(value) in map(type, get_args(hint)):
-            return value
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif hint in (int, str, bool):
-        if type(value) is hint:
-            return value
-    elif origin is list or hint is list:
-        if isinstance(value, list):
-            (item,) = get_args(hint) or (Any,)
-            return [_converted(entry, item, f"{place}[{index}]") for index, entry in enumerate(value)]
-    elif origin is dict or hint is dict:
-        if isinstance(value, dict):
-            return value
-    elif origin is tuple:
-        if isinstance(value, list) and len(value) == len(get_args(hint)):
-            return tuple(_converted(entry, item, place) for entry, item in zip(value, get_args(hint)))
-    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _record(value, hint, place)
-    suggestion = _hint(str(value), [str(choice) for choice in get_args(hint)]) if origin is Literal else ""
-    raise UserError(f"{place} = {value!r}, but it must be {_type_name(hint)}.{suggestion}")
-
-
-def _record(value: dict[str, Any], cls: type, place: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    unknown = [key for key in value if key not in hints]
-    if unknown:
-        raise UserError(f"{place} has no key '{unknown[0]}'.{nearest(unknown[0], sorted(hints))}")
-    fields = {key: _converted(entry, hints[key], f"{place}.{key}") for key, entry in value.items()}
-    try:
-        return cls(**fields)
-    except TypeError as error:
-        raise UserError(f"{place}: {error}") from None
-
-
-def _hint(word: str, choices: list[str]) -> str:
-    return nearest(word, choices) if "Did you mean" in nearest(word, choices) else ""
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "'none'"}
-    if hint in names:
-        return names[hint]
-    origin = get_origin(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(option) for option in get_args(hint))
-    if origin is list:
-        return "a list, each entry " + _type_name(get_args(hint)[0])
-    return "a table" if origin is dict or hint is dict or dataclasses.is_dataclass(hint) else f"a {hint}"
-
-
-# ---- the way back -------------------------------------------------------------------------------
-
-
-def to_tables(config) -> dict[str, Any]:
-    """Tables from which `build` makes the same config again; None is written as "none"."""
-    document: dict[str, Any] = {"hf_assets_path": config.hf_assets_path, "dump_folder": config.dump_folder}
-    for field in dataclasses.fields(config):
-        section = getattr(config, field.name)
-        if field.name in ("hf_assets_path", "dump_folder", "model_spec"):
-            continue
-        if field.name == "activation_checkpoint":
-            document[field.name] = _activation_checkpoint_table(section)
-        elif field.name == "loss":
-            document[field.name] = {"num_chunks": section.num_chunks}
-        else:
-            document[field.name] = _plain(section)
-    return document
-
-
-def _activation_checkpoint_table(policy: Any) -> dict[str, Any]:
-    if policy is None:
-        return {"mode": "none"}
-    mode = {"SelectiveAC": "selective", "FullAC": "full", "MemoryBudgetAC": "memory_budget"}
-    return {"mode": mode[type(policy)._owner.__name__], **_plain(policy)}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
-        return {name: _plain(getattr(value, name)) for name in names}
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return NONE if value is None else value
+    return schema.build(read_settings(recipe, train_config))
 
 
 def write_resolved(config, folder: Path) -> None:
     """Write ``resolved.toml`` (can be trained again) and ``resolved.json`` into a run folder."""
-    tables = to_tables(config)
+    from nitp_titan import schema
+
+    tables = schema.to_tables(config)
     folder.mkdir(parents=True, exist_ok=True)
     head = "# The resolved configuration of a run; torchrun ... -m nitp_titan.train --recipe <this file>\n"
     _replace(folder / "resolved.toml", head + tomli_w.dumps({"resolved": True, **tables}))
@@ -420,9 +172,6 @@ def _replace(path: Path, text: str) -> None:
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
-
-
-# ---- names --------------------------------------------------------------------------------------
 
 
 def find(name: str, folder: str) -> Path:

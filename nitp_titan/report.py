@@ -102,13 +102,15 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
     figure, (ntp_axes, nitp_axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     colors = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
-    for run, color in zip(runs, colors):
+    # Arms may coincide: the first is drawn widest and below, so that it shows under the others.
+    for index, (run, color) in enumerate(zip(runs, colors)):
+        linewidth = 1.8 + 1.6 * (len(runs) - 1 - index)
         for axes, key in ((ntp_axes, "ntp_loss"), (nitp_axes, "nitp_loss")):
             steps, values = run.series(key)
             if values:
                 width = 2 * max(1, round(len(values) * _SMOOTHING_SHARE / 2)) + 1
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-                axes.plot(steps, moving_average(values, width), color=color, linewidth=1.8, label=run.name)
+                axes.plot(steps, moving_average(values, width), color=color, linewidth=linewidth, label=run.name)
     ntp_axes.set(title="NTP loss (cross-entropy)", xlabel="step", ylabel="nats per token")
     nitp_axes.set(title="NITP loss, 1 - cos(P(h), z)", xlabel="step", ylabel="loss", ylim=(0, None))
     for axes in (ntp_axes, nitp_axes):

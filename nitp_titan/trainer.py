@@ -18,6 +18,7 @@ from torchtitan.trainer import Trainer
 
 from nitp_titan import cpu, recipe
 from nitp_titan.config import check_batch, check_ranges, Float8Config, ModelConfig, NITPConfig, UserError
+from nitp_titan.data import check_sources
 from nitp_titan.loss import NITPLoss
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.objective import trained_positions
@@ -48,6 +49,7 @@ class NITPTrainer(Trainer):
     def __init__(self, config: Config):
         resolved = config
         check_batch(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        check_sources(config)
         spec = model_spec_with_nitp(config)
         loss = config.loss
         if config.nitp.enabled:

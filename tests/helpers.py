@@ -54,7 +54,7 @@ class PackedDataLoader(BaseDataLoader):
         self.drawn = state["drawn"]
 
 
-def make_config(folder: Path, *, recipe: str = "debug/nitp_debug", flavor_data: bool = True, **sections):
+def make_config(folder: Path, *, recipe: str = "debug/nitp_debug", generated_data: bool = True, **sections):
     """The debug recipe on CPU with changes by section, for example ``nitp={"loss": "mse"}``."""
     config = config_registry.load(f"{recipe}@cpu")
     defaults = {
@@ -65,7 +65,7 @@ def make_config(folder: Path, *, recipe: str = "debug/nitp_debug", flavor_data: 
         "lr_scheduler": {"warmup_steps": 1},
     }
     changes = {"dump_folder": str(folder)}
-    if flavor_data:
+    if generated_data:
         changes["dataloader"] = PackedDataLoader.Config()
     for section in {*defaults, *sections}:
         values = {**defaults.get(section, {}), **sections.get(section, {})}

@@ -1,9 +1,11 @@
 """The generated corpus and tokenizer, and the loader of local and Hugging Face text."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from helpers import make_config
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan import assets as stdlib
@@ -105,6 +107,21 @@ def test_a_wrong_path_or_field_is_named(tmp_path, lines, options, message):
         path.write_text(lines)
     with pytest.raises(UserError, match=message):
         check_dataset(TextDataLoader.Config(**{"dataset_path": str(path), **options}))
+
+
+def test_missing_assets_are_named_before_anything_is_built(assets, tmp_path):
+    config = make_config(tmp_path, generated_data=False)
+    for changes, message in (
+        ({"hf_assets_path": str(tmp_path)}, "hf_assets_path = '.*' holds no tokenizer.json"),
+        ({"dataloader": TextDataLoader.Config(dataset_path="lost.jsonl")}, r"\[dataloader\] dataset_path = 'lost.jsonl'"),
+        (
+            {"validator": dataclasses.replace(config.validator, dataloader=TextDataLoader.Config(dataset_path="x"))},
+            r"\[validator.dataloader\] dataset_path = 'x' names no file",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(config, **changes).build()
+    assert not (tmp_path / "resolved.toml").exists()
 
 
 def test_a_document_without_text_in_the_middle_is_named(tokenizer, tmp_path):

@@ -80,7 +80,7 @@ def test_the_projector_is_there_in_the_width_that_is_asked_for(trainers):
     def size(name):
         return sum(p.numel() for key, p in parameters(trainers[name]).items() if key.startswith("nitp."))
 
-    dim = 128
+    dim = trainers["default"].model_config.dim
     assert size("default") == 12 * dim**2
     assert size("narrow") == 3 * dim**2
     assert size("no projector") == size("regularizer") == 0
@@ -148,7 +148,7 @@ def test_validation_and_generation_see_the_plain_hidden_state(assets, tmp_path):
     tokens, positions = torch.randint(0, 4096, (1, 128)), torch.arange(128)[None]
     masks = model.get_attention_masks(positions=positions)
     with torch.no_grad():
-        assert model(tokens, positions=positions, attention_masks=masks).shape == (1, 128, 128)
+        assert model(tokens, positions=positions, attention_masks=masks).shape == (1, 128, 96)
         model._skip_lm_head = False
         assert model(tokens, positions=positions, attention_masks=masks).shape == (1, 128, 4096)
 

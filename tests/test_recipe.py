@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nitp_titan import config_registry, recipe
+from nitp_titan import config_registry, recipe, schema
 from nitp_titan.config import check_batch, UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -238,10 +238,8 @@ def test_the_resolved_recipe_gives_the_same_configuration_again(files, tmp_path,
     for field in dataclasses.fields(config):
         if field.name != "model_spec":
             assert getattr(again, field.name) == getattr(config, field.name), field.name
-    assert again.model_spec.model.to_dict() == config.model_spec.model.to_dict() or (
-        again.model_spec.flavor == config.model_spec.flavor
-    )
-    assert recipe.to_tables(again) == recipe.to_tables(config)
+    assert (again.model_spec.name, again.model_spec.flavor) == (config.model_spec.name, config.model_spec.flavor)
+    assert schema.to_tables(again) == schema.to_tables(config)
     with pytest.raises(UserError, match="needs no train config"):
         recipe.load(tmp_path / "run/resolved.toml", tmp_path / "machine.toml")
 
@@ -249,7 +247,7 @@ def test_the_resolved_recipe_gives_the_same_configuration_again(files, tmp_path,
 def test_every_section_of_torchtitan_is_reachable_from_toml(files):
     from torchtitan.trainer import Trainer
 
-    tables = recipe.to_tables(files())
+    tables = schema.to_tables(files())
     for field in dataclasses.fields(Trainer.Config):
         if field.name != "model_spec":
             assert field.name in tables, field.name

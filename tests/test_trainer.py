@@ -62,7 +62,7 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_batches(assets, 
     arms = {}
     for recipe in ("debug/llama_debug", "debug/nitp_debug"):
         _Recording.seen = []
-        config = make_config(tmp_path / recipe, recipe=recipe, flavor_data=False)
+        config = make_config(tmp_path / recipe, recipe=recipe, generated_data=False)
         config = dataclasses.replace(config, dataloader=_Recording.Config(inner=config.dataloader))
         trainer = config.build()
         start = parameters(trainer)
@@ -140,7 +140,7 @@ def test_the_logged_losses_are_averages_over_the_trained_positions(assets, tmp_p
 def _checkpointed(folder, steps: int):
     return make_config(
         folder,
-        flavor_data=False,
+        generated_data=False,
         training={"steps": steps},
         lr_scheduler={"total_steps": 6},
         checkpoint={"enable": True, "interval": 3, "last_save_model_only": False, "keep_latest_k": 0},
@@ -206,7 +206,7 @@ def test_validation_reports_plain_cross_entropy(assets, tmp_path, monkeypatch):
     values = {}
     for name, weight in (("ntp", 0.0), ("nitp", 1.0)):
         config = make_config(
-            tmp_path / name, flavor_data=False, nitp={"weight": weight}, training={"steps": 1},
+            tmp_path / name, generated_data=False, nitp={"weight": weight}, training={"steps": 1},
             validator={"enable": True, "freq": 1, "steps": 2}, optimizer={},
         )
         group = config.optimizer.param_groups[0]
