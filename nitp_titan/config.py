@@ -104,26 +104,30 @@ class NITPConfig:
             raise UserError(
                 "[nitp] stop_gradient = false works without pipeline and context parallelism only: "
                 "the target's gradient would have to travel back across ranks.",
-                table="nitp", key="stop_gradient",
+                table="nitp",
+                key="stop_gradient",
             )
         if parallelism.spmd_backend == "partial_dtensor":
             raise UserError(
                 "[parallelism] spmd_backend = 'partial_dtensor' hides the mesh that the implicit tokens "
                 "are exchanged on; NITP needs 'spmd_types'.",
-                table="parallelism", key="spmd_backend",
+                table="parallelism",
+                key="spmd_backend",
             )
         if cp > 1 and parallelism.context_parallel_load_balancer == "ptrr":
             raise UserError(
                 "[parallelism] context_parallel_load_balancer = 'ptrr' reorders tokens by their mask, so the "
                 "next token's rank is unknown; NITP needs 'headtail' or 'none'.",
-                table="parallelism", key="context_parallel_load_balancer",
+                table="parallelism",
+                key="context_parallel_load_balancer",
             )
         if pp > 1 and "ZeroBubble" in parallelism.pipeline_parallel_schedule.replace("ZBV", "ZeroBubble"):
             raise UserError(
                 f"[parallelism] pipeline_parallel_schedule = '{parallelism.pipeline_parallel_schedule}': "
                 "TorchTitan 0.3.0 loses the final norm's gradient under zero-bubble schedules with any "
                 "chunked loss; choose '1F1B', 'GPipe' or 'Interleaved1F1B'.",
-                table="parallelism", key="pipeline_parallel_schedule",
+                table="parallelism",
+                key="pipeline_parallel_schedule",
             )
 
     def _require(self, condition: bool, name: str, allowed: str) -> None:
@@ -242,11 +246,13 @@ def check_batch(config, world_size: int) -> None:
         raise UserError(
             f"[training] global_batch_size = {training.global_batch_size} is no multiple of local_batch_size = "
             f"{training.local_batch_size} times {data_ranks} data-parallel ranks.",
-            table="training", key="local_batch_size",
+            table="training",
+            key="local_batch_size",
         )
     for table, chunks in (("loss", config.loss.num_chunks), ("nitp", config.nitp.num_chunks)):
         if (table == "loss" or config.nitp.enabled) and training.seq_len % (chunks * cp):
             raise UserError(
                 f"[{table}] num_chunks = {chunks} does not divide a rank's {training.seq_len} / {cp} positions.",
-                table=table, key="num_chunks",
+                table=table,
+                key="num_chunks",
             )

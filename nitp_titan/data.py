@@ -60,7 +60,8 @@ def check_sources(config) -> None:
     if not tokenizer.is_file():
         raise UserError(
             f"hf_assets_path = '{config.hf_assets_path}' holds no tokenizer.json.{_how_to_make(config.hf_assets_path)}",
-            table="", key="hf_assets_path",
+            table="",
+            key="hf_assets_path",
         )
     sources = {"dataloader": config.dataloader}
     if config.validator.enable:
@@ -91,13 +92,15 @@ def check_dataset(config: TextDataLoader.Config, table: str = "dataloader") -> N
     if not config.dataset_path:
         raise UserError(
             f"[{table}] dataset_path is missing: dataset = 'json' needs a JSON-lines file, folder or pattern.",
-            table=table, key="dataset_path",
+            table=table,
+            key="dataset_path",
         )
     files = local_files(config.dataset_path)
     if not files:
         raise UserError(
             f"[{table}] dataset_path = '{config.dataset_path}' names no file.{_how_to_make(config.dataset_path)}",
-            table=table, key="dataset_path",
+            table=table,
+            key="dataset_path",
         )
     for file in files:
         with open(file, encoding="utf-8") as stream:
@@ -140,6 +143,7 @@ def _text(
         raise UserError(
             f"[{table}] text_field = '{config.text_field}': a document of {place} has no such text."
             f"{nearest(config.text_field, list(document))}",
-            table=table, key="text_field",
+            table=table,
+            key="text_field",
         )
     return text

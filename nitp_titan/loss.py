@@ -130,9 +130,7 @@ class NITPLoss(ChunkedLossWrapper):
         value = torch.zeros((), dtype=torch.float32, device=states[0].device)
         chunks = zip(*(x.detach().chunk(num_chunks, dim=1) for x in (*states, *masks)))
         for index, chunk in enumerate(chunks):
-            leaves = [
-                part.contiguous().requires_grad_(state.requires_grad) for part, state in zip(chunk, states)
-            ]
+            leaves = [part.contiguous().requires_grad_(state.requires_grad) for part, state in zip(chunk, states)]
             surrogate, chunk_value = term(*leaves, *chunk[len(states) :])
             if index == num_chunks - 1:
                 before_last_backward()

@@ -60,7 +60,8 @@ class NITPTrainer(Trainer):
             raise UserError(
                 f"hf_assets_path = '{config.hf_assets_path}' has {self.tokenizer.get_vocab_size()} tokens, more than "
                 f"the model's vocabulary of {vocab_size}.",
-                table="", key="hf_assets_path",
+                table="",
+                key="hf_assets_path",
             )
         if config.nitp.enabled:
             self._prepare_nitp()

@@ -1,6 +1,6 @@
 """Compare training runs by their metrics.
 
-    python scripts/compare.py --run ntp=outputs/a --run nitp=outputs/b --out outputs/report
+python scripts/compare.py --run ntp=outputs/a --run nitp=outputs/b --out outputs/report
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Make the local corpus and tokenizer: real text from Python's standard library.
 
-    python scripts/prepare_assets.py [--out assets/stdlib]
+python scripts/prepare_assets.py [--out assets/stdlib]
 """
 
 import argparse

@@ -55,20 +55,31 @@ def train_arm(name: str, command: list[str], folder: Path, wanted: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, help="optimizer steps per arm (default: the recipe's)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder of both runs and the report")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/quickstart"), help="folder of both runs and the report"
+    )
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.steps < 1:
         parser.error(f"--steps {arguments.steps}: at least 1")
 
     manifest = prepare_stdlib_assets(Path("assets/stdlib"))
-    print(f"corpus: {manifest['train']['documents']} documents of Python's standard library, "
-          f"{manifest['train']['bytes'] / 1e6:.1f} MB (assets/stdlib)", flush=True)
+    print(
+        f"corpus: {manifest['train']['documents']} documents of Python's standard library, "
+        f"{manifest['train']['bytes'] / 1e6:.1f} MB (assets/stdlib)",
+        flush=True,
+    )
     train_config = recipe.default_train_config()
     flags = [] if arguments.steps is None else ["--training.steps", str(arguments.steps)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     for name, recipe_name in ARMS.items():
         folder = arguments.out / name
-        command = [*launcher, "-m", "nitp_titan.train", "--recipe", os.path.relpath(recipe.find(recipe_name, "recipes"))]
+        command = [
+            *launcher,
+            "-m",
+            "nitp_titan.train",
+            "--recipe",
+            os.path.relpath(recipe.find(recipe_name, "recipes")),
+        ]
         command += ["--train-config", os.path.relpath(train_config), "--dump_folder", str(folder), *flags]
         train_arm(name, command, folder, fingerprint(recipe_name, train_config, flags, manifest["train"]))
 

@@ -44,7 +44,9 @@ class PackedDataLoader(BaseDataLoader):
         while True:
             indices = range(self.drawn, self.drawn + self.batch_size)
             self.drawn += self.batch_size
-            inputs, positions, labels = map(torch.stack, zip(*(self.sample(i * self.ranks + self.rank) for i in indices)))
+            inputs, positions, labels = map(
+                torch.stack, zip(*(self.sample(i * self.ranks + self.rank) for i in indices))
+            )
             yield {"input": inputs, "positions": positions}, labels
 
     def state_dict(self):
@@ -77,7 +79,8 @@ def train(config) -> NITPTrainer:
     """Build and take the steps, without checkpoints; the trainer keeps the last step's gradients."""
     trainer = config.build()
     batches = trainer.batch_generator(trainer.dataloader)
-    for trainer.step in range(1, config.training.steps + 1):
+    for step in range(1, config.training.steps + 1):
+        trainer.step = step
         trainer.train_step(batches)
     trainer.close()
     return trainer
@@ -90,7 +93,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def parameters(trainer, *, gradients: bool = False) -> dict[str, torch.Tensor]:
     """Full copies of all parameters, or of their gradients, by name."""
     named = [item for part in trainer.model_parts for item in part.named_parameters()]
-    return {name: local(p.grad if gradients else p).detach().clone() for name, p in named if not gradients or p.grad is not None}
+    return {
+        name: local(p.grad if gradients else p).detach().clone()
+        for name, p in named
+        if not gradients or p.grad is not None
+    }
 
 
 def gradient_norms(trainer) -> dict[str, float]:

@@ -113,7 +113,10 @@ def test_missing_assets_are_named_before_anything_is_built(assets, tmp_path):
     config = make_config(tmp_path, generated_data=False)
     for changes, message in (
         ({"hf_assets_path": str(tmp_path)}, "hf_assets_path = '.*' holds no tokenizer.json"),
-        ({"dataloader": TextDataLoader.Config(dataset_path="lost.jsonl")}, r"\[dataloader\] dataset_path = 'lost.jsonl'"),
+        (
+            {"dataloader": TextDataLoader.Config(dataset_path="lost.jsonl")},
+            r"\[dataloader\] dataset_path = 'lost.jsonl'",
+        ),
         (
             {"validator": dataclasses.replace(config.validator, dataloader=TextDataLoader.Config(dataset_path="x"))},
             r"\[validator.dataloader\] dataset_path = 'x' names no file",
@@ -127,7 +130,9 @@ def test_missing_assets_are_named_before_anything_is_built(assets, tmp_path):
 def test_a_document_without_text_in_the_middle_is_named(tokenizer, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"text": "good"}\n{"other": "bad"}\n')
-    with pytest.raises(UserError, match="mine.jsonl': not every line is a JSON object with the fields of the first: KeyError: 'text'"):
+    with pytest.raises(
+        UserError, match="mine.jsonl': not every line is a JSON object with the fields of the first: KeyError: 'text'"
+    ):
         next(iter(_loader(tokenizer, dataset_path=str(path), infinite=False)))
 
 
@@ -147,7 +152,9 @@ def test_a_hugging_face_dataset_is_opened_by_name_and_a_failure_is_one_line(toke
     loader = _loader(tokenizer, dataset="someone/Corpus", subset="en", split="validation", text_field="content")
     assert next(iter(loader))[0]["input"].shape == (2, 64)
     assert seen == {"path": "someone/Corpus", "name": "en", "split": "validation", "streaming": True}
-    with pytest.raises(UserError, match=r"dataset = 'someone/missing' .* could not be opened: ConnectionError: offline$"):
+    with pytest.raises(
+        UserError, match=r"dataset = 'someone/missing' .* could not be opened: ConnectionError: offline$"
+    ):
         _loader(tokenizer, dataset="someone/missing")
 
 

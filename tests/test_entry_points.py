@@ -18,12 +18,30 @@ LR = ["--optimizer.lr", "1e-4"], ["--optimizer.param-groups.0.optimizer-kwargs.l
 def both(torchrun, tmp_path_factory):
     folder = tmp_path_factory.mktemp("entries")
     ours = torchrun(
-        1, "-m", "nitp_titan.train", "--recipe", "recipes/debug/nitp_debug.toml",
-        "--train-config", "train_configs/cpu.toml", "--dump_folder", str(folder / "ours"), *FLAGS, *LR[0],
+        1,
+        "-m",
+        "nitp_titan.train",
+        "--recipe",
+        "recipes/debug/nitp_debug.toml",
+        "--train-config",
+        "train_configs/cpu.toml",
+        "--dump_folder",
+        str(folder / "ours"),
+        *FLAGS,
+        *LR[0],
     )
     stock = torchrun(
-        1, "-m", "torchtitan.train", "--module", "nitp_titan", "--config", "debug/nitp_debug@cpu",
-        "--dump_folder", str(folder / "stock"), *FLAGS, *LR[1],
+        1,
+        "-m",
+        "torchtitan.train",
+        "--module",
+        "nitp_titan",
+        "--config",
+        "debug/nitp_debug@cpu",
+        "--dump_folder",
+        str(folder / "stock"),
+        *FLAGS,
+        *LR[1],
     )
     for done in (ours, stock):
         assert done.returncode == 0, done.stderr[-4000:]
@@ -46,7 +64,9 @@ def test_flags_reach_the_run_and_its_resolved_recipe(both):
 
 
 def test_the_optimizer_flags_have_the_names_of_the_recipe():
-    arguments = titan_arguments(["--recipe", "a", "--train_config", "b", "--optimizer.lr", "1e-4", "--optimizer.weight_decay=0"])
+    arguments = titan_arguments(
+        ["--recipe", "a", "--train_config", "b", "--optimizer.lr", "1e-4", "--optimizer.weight_decay=0"]
+    )
     flag = "--optimizer.param-groups.0.optimizer-kwargs."
     assert arguments == ["--module", "nitp_titan", "--config", "a@b", f"{flag}lr", "1e-4", f"{flag}weight_decay=0"]
 
@@ -64,8 +84,15 @@ def outside_torchrun(monkeypatch):
 def test_help_lists_our_settings(outside_torchrun):
     done = _start("--help")
     assert done.returncode == 0
-    for text in ("torchrun --nproc_per_node N", "--nitp.weight", "--nitp.target-layer", "--nitp.stop-gradient",
-                 "--float8.enable", "--training.steps", "Weight lambda of the NITP loss"):
+    for text in (
+        "torchrun --nproc_per_node N",
+        "--nitp.weight",
+        "--nitp.target-layer",
+        "--nitp.stop-gradient",
+        "--float8.enable",
+        "--training.steps",
+        "Weight lambda of the NITP loss",
+    ):
         assert text in done.stdout, text
 
 
@@ -83,8 +110,14 @@ def test_without_torchrun_it_says_how_to_start(outside_torchrun):
     [
         ([], "error: --recipe is missing. The project's own: debug/llama_debug, debug/nitp_debug"),
         (["--recipe", "recipes/debug/nitp_debgu.toml"], "nitp_debgu.toml does not exist. Did you mean"),
-        (["--recipe", "debug/nitp_debug", "--nitp.target_layer", "9"], "[nitp] target_layer = 9, but it must be 0 (embedding) to 4"),
-        (["--recipe", "debug/nitp_debug", "--training.local_batch_size", "3"], "error: [training] global_batch_size = 16 is no multiple"),
+        (
+            ["--recipe", "debug/nitp_debug", "--nitp.target_layer", "9"],
+            "[nitp] target_layer = 9, but it must be 0 (embedding) to 4",
+        ),
+        (
+            ["--recipe", "debug/nitp_debug", "--training.local_batch_size", "3"],
+            "error: [training] global_batch_size = 16 is no multiple",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_said_without_a_traceback(tmp_path, arguments, message):
@@ -106,5 +139,7 @@ def test_the_quickstart_writes_both_runs_and_the_report_and_a_second_time_is_fas
     assert (tmp_path / "report/losses.png").exists()
     assert "| nitp | " in first.stdout and "losses.png" in first.stdout and "nitp: step 1/3" in first.stdout
     second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert second.returncode == 0 and "ntp: already trained" in second.stdout and "nitp: already trained" in second.stdout
+    assert (
+        second.returncode == 0 and "ntp: already trained" in second.stdout and "nitp: already trained" in second.stdout
+    )
     assert "| nitp | " in second.stdout

@@ -100,7 +100,9 @@ def _naive(settings: NITPConfig):
 
     losses = [
         -(head @ h[row, t]).log_softmax(0)[labels[row, t]]
-        for row in range(B) for t in range(L) if labels[row, t] != IGNORE
+        for row in range(B)
+        for t in range(L)
+        if labels[row, t] != IGNORE
     ]
     ntp = torch.stack(losses).mean()
     terms = []

@@ -139,7 +139,9 @@ def test_no_gradient_reaches_the_shallow_layers_through_the_target(assets, tmp_p
         assert target_BLD.requires_grad is not stop_gradient
         if not stop_gradient:
             target_BLD.square().sum().backward()
-            reached = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and "layers" in name}
+            reached = {
+                name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and "layers" in name
+            }
             assert reached == {"0", "1"}
 
 

@@ -24,7 +24,9 @@ def test_the_last_position_takes_the_state_that_follows_on_another_rank():
     z_BLD, positions_BL = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[4, 5]])
     for following_position, valid in ((6, True), (0, False)):
         target_BLD, valid_BL = objective.next_implicit_tokens(
-            z_BLD, positions_BL, following_z_BD=torch.tensor([[7.0]]),
+            z_BLD,
+            positions_BL,
+            following_z_BD=torch.tensor([[7.0]]),
             following_position_B=torch.tensor([following_position]),
         )
         assert valid_BL.tolist() == [[True, valid]]
@@ -78,8 +80,7 @@ def test_only_valid_positions_count():
 
 def _mean_pair_cosine(h_LD: torch.Tensor) -> torch.Tensor:
     pairs = [
-        torch.cosine_similarity(h_LD[i], h_LD[j], dim=0)
-        for i in range(len(h_LD)) for j in range(len(h_LD)) if i != j
+        torch.cosine_similarity(h_LD[i], h_LD[j], dim=0) for i in range(len(h_LD)) for j in range(len(h_LD)) if i != j
     ]
     return torch.stack(pairs).mean()
 

@@ -12,7 +12,13 @@ def _run_folder(folder, nitp=None, steps=100):
     folder.mkdir()
     with (folder / "metrics.jsonl").open("w") as stream:
         for step in range(1, steps + 1):
-            record = {"step": step, "ntp_loss": 8.0 - step / 50, "tokens": step * 512, "tokens_per_second": 1000.0 + step, "memory_gib": 1.5}
+            record = {
+                "step": step,
+                "ntp_loss": 8.0 - step / 50,
+                "tokens": step * 512,
+                "tokens_per_second": 1000.0 + step,
+                "memory_gib": 1.5,
+            }
             if nitp:
                 record["nitp_loss"] = nitp(step)
             stream.write(json.dumps(record) + "\n")
@@ -74,4 +80,7 @@ def test_the_compare_script_writes_the_report_and_refuses_what_is_no_run(tmp_pat
     done = subprocess.run([*command, f"a={tmp_path / 'a'}"], capture_output=True, text=True)
     assert done.returncode == 0 and "| a | 100 |" in done.stdout and (tmp_path / "out/report.md").exists()
     failed = subprocess.run([*command, f"b={tmp_path}"], capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr == f"error: {tmp_path} has no metrics.jsonl; it is not the folder of a training run.\n"
+    assert (
+        failed.returncode == 1
+        and failed.stderr == f"error: {tmp_path} has no metrics.jsonl; it is not the folder of a training run.\n"
+    )

@@ -67,7 +67,8 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_batches(assets, 
         trainer = config.build()
         start = parameters(trainer)
         batches = trainer.batch_generator(trainer.dataloader)
-        for trainer.step in range(1, 4):
+        for step in range(1, 4):
+            trainer.step = step
             trainer.train_step(batches)
         trainer.close()
         arms[recipe] = start, _Recording.seen, parameters(trainer)
@@ -116,9 +117,7 @@ def test_the_logged_losses_are_averages_over_the_trained_positions(assets, tmp_p
     trainer = train(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, param_groups=[frozen])))
     record = read_records(tmp_path / "metrics.jsonl")[1]
     model = trainer.model_parts[0]
-    loader = PackedDataLoader(
-        PackedDataLoader.Config(), dp_world_size=1, dp_rank=0, seq_len=128, local_batch_size=4
-    )
+    loader = PackedDataLoader(PackedDataLoader.Config(), dp_world_size=1, dp_rank=0, seq_len=128, local_batch_size=4)
     batches = iter(loader)
     next(batches)
     inputs, labels = next(batches)
@@ -175,9 +174,7 @@ def test_a_resumed_run_continues_bit_for_bit_and_logs_each_step_once(assets, tmp
 def test_metrics_reach_tensorboard_and_wandb(assets, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    config = make_config(
-        tmp_path, training={"steps": 1}, metrics={"enable_tensorboard": True, "enable_wandb": True}
-    )
+    config = make_config(tmp_path, training={"steps": 1}, metrics={"enable_tensorboard": True, "enable_wandb": True})
     trainer = config.build()
     seen = []
     loggers = trainer.metrics_processor.logger._loggers[0]._loggers
@@ -206,8 +203,12 @@ def test_validation_reports_plain_cross_entropy(assets, tmp_path, monkeypatch):
     values = {}
     for name, weight in (("ntp", 0.0), ("nitp", 1.0)):
         config = make_config(
-            tmp_path / name, generated_data=False, nitp={"weight": weight}, training={"steps": 1},
-            validator={"enable": True, "freq": 1, "steps": 2}, optimizer={},
+            tmp_path / name,
+            generated_data=False,
+            nitp={"weight": weight},
+            training={"steps": 1},
+            validator={"enable": True, "freq": 1, "steps": 2},
+            optimizer={},
         )
         group = config.optimizer.param_groups[0]
         frozen = dataclasses.replace(group, optimizer_kwargs={**group.optimizer_kwargs, "lr": 1e-30})

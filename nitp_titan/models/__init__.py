@@ -16,13 +16,15 @@ def build_model_spec(model: ModelConfig):
     if model.family not in FAMILIES:
         raise UserError(
             f"[model] family = '{model.family}' is not registered.{nearest(model.family, list(FAMILIES))}",
-            table="model", key="family",
+            table="model",
+            key="family",
         )
     family = import_module(FAMILIES[model.family])
     if model.flavor not in family.FLAVORS:
         raise UserError(
             f"[model] flavor = '{model.flavor}' is unknown in {model.family}."
             f"{nearest(model.flavor, list(family.FLAVORS))}",
-            table="model", key="flavor",
+            table="model",
+            key="flavor",
         )
     return family.model_registry(model.flavor, attn_backend=model.attn_backend)

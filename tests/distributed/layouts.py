@@ -29,7 +29,8 @@ def run_layout(folder: Path, name: str, sections: dict) -> dict:
     trainer.checkpointer.load(step=-1)
     batches = trainer.batch_generator(trainer.dataloader)
     norms = []
-    for trainer.step in range(1, trainer.config.training.steps + 1):
+    for step in range(1, trainer.config.training.steps + 1):
+        trainer.step = step
         trainer.train_step(batches)
         norms.append(gradient_norms(trainer))
     trainer.close()
