@@ -24,7 +24,7 @@ _RECORD = {
     "lr": "lr",
     "tokens": "n_tokens_seen",
     "tokens_per_second": "throughput(tokens_per_second)",
-    "seconds_per_step": "time_metrics/end_to_end(s)",
+    "seconds_per_step": "time_metrics/seconds_per_step",
     "memory_gib": "memory/max_reserved(GiB)",
 }
 _VALIDATION = {"ntp_loss": "validation_metrics/loss"}
@@ -82,7 +82,10 @@ class NITPMetrics(MetricsProcessor):
             extra["lr"] = learning_rates[0]
         elapsed = time.perf_counter() - self.time_last_log
         replicas = self.parallel_dims.world_size / self.parallel_dims.non_data_parallel_size
-        extra["throughput(tokens_per_second)"] = self.ntokens_since_last_log * replicas / elapsed
+        tokens_per_second = self.ntokens_since_last_log * replicas / elapsed
+        extra["throughput(tokens_per_second)"] = tokens_per_second
+        # TorchTitan divides by the log interval, which step 1 and steps after a validation fall short of.
+        extra["time_metrics/seconds_per_step"] = extra["n_tokens_seen"] / step / tokens_per_second
         # TorchTitan's own line has no room for the two losses; ours takes its place.
         with _quiet(logger):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=extra)
@@ -132,7 +135,7 @@ class ConsoleLogger(BaseLogger):
         if "loss_metrics/ntp_loss" not in metrics:
             return
         nitp = metrics.get("loss_metrics/nitp_loss")
-        seconds_left = (self.num_steps - step) * metrics["time_metrics/end_to_end(s)"]
+        seconds_left = (self.num_steps - step) * metrics["time_metrics/seconds_per_step"]
         parts = [
             f"step {step}/{self.num_steps}",
             f"loss {metrics['loss_metrics/global_avg_loss']:.4f}",

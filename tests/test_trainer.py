@@ -101,6 +101,8 @@ def test_accumulation_and_log_interval_leave_the_figures_as_they_are(assets, tmp
             assert records["four passes"][step][key] == pytest.approx(record[key], rel=1e-4)
         assert records["four passes"][step]["tokens"] == record["tokens"] == step * 4 * 128
         assert record["loss"] == pytest.approx(record["ntp_loss"] + 20.0 * record["nitp_loss"], rel=1e-5)
+    for record in [record for run in records.values() for record in run.values()]:
+        assert record["seconds_per_step"] * record["tokens_per_second"] == pytest.approx(4 * 128)
     for step, record in records["every second"].items():
         same = ("ntp_loss", "nitp_loss", "loss", "grad_norm", "lr", "tokens")
         assert {key: record[key] for key in same} == {key: records["four passes"][step][key] for key in same}
