@@ -6,8 +6,11 @@ Imports no torch: recipes are read without it.
 import dataclasses
 import difflib
 import math
+import os
+import sys
+import time
 from dataclasses import dataclass
-from typing import Literal, TYPE_CHECKING
+from typing import Literal, NoReturn, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchtitan.config import ParallelismConfig
@@ -24,6 +27,20 @@ class UserError(ValueError):
     def __init__(self, message: str, *, table: str | None = None, key: str | None = None):
         super().__init__(message)
         self.table, self.key = table, key
+
+
+_SECONDS_FOR_RANK_0 = 30
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """End the process with status 1 and the error in one line.
+
+    All ranks meet the same mistake. Rank 0 says it, and torchrun ends the others; what rank 0
+    does not meet is said after a while by the rank that did.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_SECONDS_FOR_RANK_0)
+    sys.exit(f"error: {error}")
 
 
 def nearest(word: str, choices: list[str]) -> str:

@@ -8,7 +8,7 @@ A config's name is a recipe and, after ``@``, a train config, each by short name
 from collections.abc import Callable
 
 from nitp_titan import recipe
-from nitp_titan.config import UserError
+from nitp_titan.config import exit_with, UserError
 
 
 def load(name: str):
@@ -35,8 +35,8 @@ def __getattr__(name: str) -> Callable:
         try:
             return load(name)
         except UserError as error:
-            # TorchTitan's entry point has no place for user errors; this ends it in one line.
-            raise SystemExit(f"error: {error}") from None
+            # TorchTitan's entry point has no place for user errors.
+            exit_with(error)
 
     return config
 

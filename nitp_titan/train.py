@@ -13,7 +13,7 @@ import re
 import sys
 
 from nitp_titan import recipe
-from nitp_titan.config import OPTIMIZER_RANGES, UserError
+from nitp_titan.config import exit_with, OPTIMIZER_RANGES, UserError
 
 # [optimizer] lr of a recipe is this flag of TorchTitan.
 _OPTIMIZER_FLAG = re.compile(rf"--optimizer\.({'|'.join(OPTIMIZER_RANGES)})\b")
@@ -57,8 +57,7 @@ def main() -> None:
         sys.argv[1:] = arguments
         train.main()
     except UserError as error:
-        # torchrun starts many ranks; one of them is enough to say it.
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        exit_with(error)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """NITPTrainer: TorchTitan's Trainer with the `[nitp]` section and exact NITP counts."""
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -116,8 +117,13 @@ def count_terms(inputs: dict[str, Tensor], labels_BL: Tensor, settings: NITPConf
 
 
 def model_spec_with_nitp(config: NITPTrainer.Config) -> ModelSpec:
-    """The model that a config trains: backbone, NITP if enabled, then float8 over both."""
-    spec = with_nitp(config.model_spec, config.nitp) if config.nitp.enabled else config.model_spec
+    """The model that a config trains: backbone, NITP if enabled, then float8 over both.
+
+    A copy: TorchTitan fills and converters replace configs in place, and a config may be built again.
+    """
+    spec = dataclasses.replace(config.model_spec, model=copy.deepcopy(config.model_spec.model))
+    if config.nitp.enabled:
+        spec = with_nitp(spec, config.nitp)
     if config.float8.enable:
         converter = Float8LinearConverter.Config(
             recipe_name=config.float8.recipe_name,

@@ -18,7 +18,7 @@ def with_nitp(spec: ModelSpec, settings: NITPConfig) -> ModelSpec:
     """The NITP variant of a model: same backbone, plus projector, target and their parallelism.
 
     Args:
-        spec: any decoder of TorchTitan or built from its `Decoder`; left unchanged.
+        spec: any decoder of TorchTitan or built from its `Decoder`; the variant shares its configs.
         settings: the `[nitp]` table.
 
     Returns:

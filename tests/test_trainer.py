@@ -241,7 +241,9 @@ def test_float8_converts_the_projector_unless_it_is_filtered(assets, tmp_path):
     from torchtitan.components.quantization.float8 import Float8Linear
 
     def converted(**float8):
-        trainer = train(make_config(tmp_path / str(len(float8)), training={"steps": 1}, float8=float8))
+        config = make_config(tmp_path / str(len(float8)), training={"steps": 1}, float8=float8)
+        trainer = train(config)
+        assert not any(config.model_spec.model.traverse(Float8Linear.Config))
         assert json.loads((tmp_path / str(len(float8)) / "metrics.jsonl").read_text())["nitp_loss"] > 0
         return {name for name, module in trainer.model_parts[0].named_modules() if isinstance(module, Float8Linear)}
 
