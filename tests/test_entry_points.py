@@ -129,6 +129,13 @@ def test_a_mistake_on_the_command_line_is_said_without_a_traceback(tmp_path, arg
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
+def test_of_many_ranks_one_says_what_is_wrong(torchrun):
+    done = torchrun(2, "-m", "nitp_titan.train", "--recipe", "debug/nitp_debug", "--train-config", "moon")
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 1
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "moon.toml does not exist" in lines[0]
+
+
 def test_the_quickstart_writes_both_runs_and_the_report_and_a_second_time_is_fast(assets, tmp_path):
     command = [sys.executable, "scripts/quickstart.py", "--steps", "3", "--out", str(tmp_path)]
     first = subprocess.run(command, capture_output=True, text=True)
