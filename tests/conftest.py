@@ -48,3 +48,18 @@ def torchrun(assets):
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
 
     return run
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Write a recipe and a train config with a text replaced, and load them."""
+    from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
+
+    from nitp_titan import recipe
+
+    def load(old="", new="", *, train_config=(GOOD_TRAIN_CONFIG, ""), extra=""):
+        (tmp_path / "recipe.toml").write_text(GOOD_RECIPE.replace(old, new) + extra)
+        (tmp_path / "machine.toml").write_text("".join(train_config))
+        return recipe.load(tmp_path / "recipe.toml", tmp_path / "machine.toml")
+
+    return load
