@@ -138,7 +138,7 @@ class NITPConfig:
                 table="parallelism",
                 key="context_parallel_load_balancer",
             )
-        if pp > 1 and "ZeroBubble" in parallelism.pipeline_parallel_schedule.replace("ZBV", "ZeroBubble"):
+        if pp > 1 and "ZeroBubble" in parallelism.pipeline_parallel_schedule:
             raise UserError(
                 f"[parallelism] pipeline_parallel_schedule = '{parallelism.pipeline_parallel_schedule}': "
                 "TorchTitan 0.3.0 loses the final norm's gradient under zero-bubble schedules with any "
@@ -202,12 +202,12 @@ RANGES = {
     ("training", "global_batch_size"): ((lambda value: value == -1 or value >= 1), "at least 1"),
     ("training", "gc_freq"): _at_least(1),
     ("lr_scheduler", "warmup_steps"): _at_least(0),
-    ("lr_scheduler", "decay_ratio"): ((lambda value: value is None or 0 <= value <= 1), "between 0 and 1"),
+    ("lr_scheduler", "decay_ratio"): _FRACTION,
     ("lr_scheduler", "min_lr_factor"): _FRACTION,
     ("metrics", "log_freq"): _at_least(1),
     ("validator", "freq"): _at_least(1),
     ("loss", "num_chunks"): _at_least(1),
-    ("debug", "seed"): ((lambda value: value is None or value >= 0), "at least 0"),
+    ("debug", "seed"): _at_least(0),
     ("parallelism", "data_parallel_replicate_degree"): _DEGREE,
     ("parallelism", "data_parallel_shard_degree"): ((lambda value: value == -1 or value >= 1), "at least 1, or -1"),
     ("parallelism", "tensor_parallel_degree"): _DEGREE,

@@ -125,6 +125,8 @@ def prepare(config):
 
 
 def with_gloo_reduction(spec: ModelSpec) -> ModelSpec:
+    """The same model, its FSDP units reducing gradients with the one operation that gloo has."""
+
     def parallelize(model, **kwargs):
         model = spec.parallelize_fn(model, **kwargs)
         for module in model.modules():

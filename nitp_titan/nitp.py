@@ -51,18 +51,16 @@ class ImplicitTarget(Module):
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         temporal_shift: int = 1
-        stop_gradient: bool = True
         cp_load_balancer: str | None = None
 
     def __init__(self, config: Config):
         super().__init__()
         self.temporal_shift = config.temporal_shift
-        self.stop_gradient = config.stop_gradient
         self.cp_load_balancer = config.cp_load_balancer
 
     def forward(self, z_BLD: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Returns targets [batch, length, dim] and validity [batch, length], bool."""
-        with spmd.no_typecheck(), torch.set_grad_enabled(not self.stop_gradient):
+        with spmd.no_typecheck():
             num_runs = 2 if spmd_mesh_size("cp") > 1 and self.cp_load_balancer == "headtail" else 1
             runs = list(zip(z_BLD.chunk(num_runs, dim=1), positions_BL.chunk(num_runs, dim=1)))
             following = self._following(runs)
@@ -132,7 +130,7 @@ def nitp_module_config(dim: int, settings: NITPConfig) -> NITP.Config:
         target_layer=None if regularizer else settings.target_layer,
         stop_gradient=settings.stop_gradient,
         projector=projector,
-        target=ImplicitTarget.Config(temporal_shift=settings.temporal_shift, stop_gradient=settings.stop_gradient),
+        target=ImplicitTarget.Config(temporal_shift=settings.temporal_shift),
     )
 
 

@@ -51,14 +51,19 @@ def moving_average(values: Sequence[float], width: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Moving average over a fixed share of the run."""
+    return moving_average(values, 2 * max(1, round(len(values) * _SMOOTHING_SHARE / 2)) + 1)
+
+
 def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int, float]]:
     """The three phases of the NITP loss (Fig. 5): where it starts, its low, its hump and its end.
 
     Returns:
-        ``{"start", "collapse", "hump", "end"}`` -> (step, smoothed value): the hump is the
-        maximum after the first low that is below half of the start.
+        ``{"start", "collapse", "hump", "end"}`` -> (step, smoothed value; the start is not
+        smoothed): the collapse is the minimum of the first half, the hump the maximum after it.
     """
-    smooth = moving_average(values, 2 * max(1, round(len(values) * _SMOOTHING_SHARE / 2)) + 1)
+    smooth = smoothed(values)
     middle = len(smooth) // 2
     low = min(range(middle + 1), key=smooth.__getitem__)
     hump = max(range(low, len(smooth)), key=smooth.__getitem__)
@@ -108,9 +113,8 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         for axes, key in ((ntp_axes, "ntp_loss"), (nitp_axes, "nitp_loss")):
             steps, values = run.series(key)
             if values:
-                width = 2 * max(1, round(len(values) * _SMOOTHING_SHARE / 2)) + 1
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-                axes.plot(steps, moving_average(values, width), color=color, linewidth=linewidth, label=run.name)
+                axes.plot(steps, smoothed(values), color=color, linewidth=linewidth, label=run.name)
     ntp_axes.set(title="NTP loss (cross-entropy)", xlabel="step", ylabel="nats per token")
     nitp_axes.set(title="NITP loss, 1 - cos(P(h), z)", xlabel="step", ylabel="loss", ylim=(0, None))
     for axes in (ntp_axes, nitp_axes):

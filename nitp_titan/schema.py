@@ -17,6 +17,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.components.validate import Validator
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 from torchtitan.models.common.config_utils import decoder_vocab_size
+from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.config import ModelConfig, nearest, OPTIMIZER_RANGES, UserError
 from nitp_titan.data import TextDataLoader
@@ -37,7 +38,10 @@ def build(settings: Settings) -> NITPTrainer.Config:
         UserError: naming the file, table, key and value, and what is allowed.
     """
     try:
-        sections = {name: _section(settings, name, default) for name, default in _defaults(settings).items()}
+        model = _filled(settings, "model", ModelConfig(), settings.tables["model"])
+        spec = build_model_spec(model)
+        sections = {name: _section(settings, name, default) for name, default in _defaults(spec).items()}
+        sections["model"] = model
         unknown = sorted(set(settings.tables) - set(sections) - {""})
         if unknown:
             place = settings.place(unknown[0])
@@ -45,32 +49,30 @@ def build(settings: Settings) -> NITPTrainer.Config:
         sections |= _top_keys(settings, known=[*sections, *TOP_KEYS])
         if settings.misplaced:
             raise UserError(settings.misplaced[0])
-        return NITPTrainer.Config(model_spec=build_model_spec(sections["model"]), **sections)
+        return NITPTrainer.Config(model_spec=spec, **sections)
     except UserError as error:
         # Checks inside the configs know the setting and not the file; it is added here.
         place = settings.place(error.table, error.key) if error.table is not None else ""
         raise UserError(place + str(error)) from None
 
 
-def _defaults(settings: Settings) -> dict[str, Any]:
-    """Default of every section, with the components that this project chooses."""
-    model = _filled(settings, "model", ModelConfig(), settings.tables["model"])
-    cross_entropy = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(build_model_spec(model)))
+def _defaults(spec: ModelSpec) -> dict[str, Any]:
+    """Default of every section but the model, with the components that this project chooses."""
+    cross_entropy = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
     chosen = {
-        "model": model,
         "loss": ChunkedLossWrapper.Config(loss_fn=cross_entropy),
         "dataloader": TextDataLoader.Config(),
         "validator": Validator.Config(dataloader=TextDataLoader.Config(infinite=False), steps=10),
-        "checkpoint": CheckpointManager.Config(),
         "tokenizer": HuggingFaceTokenizer.Config(),
     }
-    fields = [field for field in dataclasses.fields(NITPTrainer.Config) if field.name not in ("model_spec", *TOP_KEYS)]
+    elsewhere = ("model", "model_spec", *TOP_KEYS)
+    fields = [field for field in dataclasses.fields(NITPTrainer.Config) if field.name not in elsewhere]
     return {field.name: chosen.get(field.name) or field.default_factory() for field in fields}
 
 
 def _section(settings: Settings, name: str, default: Any) -> Any:
     table = settings.tables.get(name, {})
-    special = {"optimizer": _optimizer, "activation_checkpoint": _activation_checkpoint}
+    special = {"optimizer": _optimizer, "activation_checkpoint": _activation_checkpoint, "checkpoint": _checkpoint}
     return special[name](settings, table) if name in special else _filled(settings, name, default, table)
 
 
@@ -121,6 +123,14 @@ def _activation_checkpoint(settings: Settings, table: dict[str, Any]) -> Any:
     return None
 
 
+def _checkpoint(settings: Settings, table: dict[str, Any]) -> CheckpointManager.Config:
+    path = table.get("initial_load_path")
+    if isinstance(path, str) and path != NONE and "://" not in path:
+        # TorchTitan takes absolute paths and remote addresses only.
+        table = {**table, "initial_load_path": os.path.abspath(path)}
+    return _filled(settings, "checkpoint", CheckpointManager.Config(), table)
+
+
 def _filled(settings: Settings, name: str, default: Any, table: Any, also: list[str] | None = None) -> Any:
     """Copy of the dataclass ``default`` with the values of a TOML table, nested tables included."""
     top = name.split(".")[0]
@@ -138,8 +148,6 @@ def _filled(settings: Settings, name: str, default: Any, table: Any, also: list[
             changes[key] = _filled(settings, f"{name}.{key}", current, value)
             continue
         changes[key] = _converted(value, hints[key], f"{place} {key}")
-    if name == "checkpoint" and changes.get("initial_load_path") and "://" not in changes["initial_load_path"]:
-        changes["initial_load_path"] = os.path.abspath(changes["initial_load_path"])
     try:
         return dataclasses.replace(default, **changes)
     except UserError:

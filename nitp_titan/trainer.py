@@ -48,7 +48,6 @@ class NITPTrainer(Trainer):
                 raise UserError("[nitp] needs TorchTitan's ChunkedLossWrapper as loss.", table="nitp", key="weight")
 
     def __init__(self, config: Config):
-        resolved = config
         check_batch(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         check_sources(config)
         spec = model_spec_with_nitp(config)
@@ -67,7 +66,7 @@ class NITPTrainer(Trainer):
         if config.nitp.enabled:
             self._prepare_nitp()
         if torch.distributed.get_rank() == 0:
-            recipe.write_resolved(resolved, Path(config.dump_folder))
+            recipe.write_resolved(config, Path(config.dump_folder))
 
     def _prepare_nitp(self) -> None:
         has_loss = not self.parallel_dims.pp_enabled or self.pp_has_last_stage

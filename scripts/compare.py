@@ -4,10 +4,9 @@ python scripts/compare.py --run ntp=outputs/a --run nitp=outputs/b --out outputs
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from nitp_titan.config import UserError
+from nitp_titan.config import exit_with, UserError
 from nitp_titan.report import read_run, write_report
 
 
@@ -20,7 +19,7 @@ def main() -> None:
         named = [run.partition("=") for run in arguments.run]
         runs = [read_run(name, Path(folder or name)) for name, _, folder in named]
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     print(write_report(runs, arguments.out))
     print(f"\n{arguments.out}/report.md  {arguments.out}/losses.png")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nitp_titan import recipe
 from nitp_titan.assets import prepare_stdlib_assets
+from nitp_titan.config import exit_with, UserError
 from nitp_titan.report import read_run, write_report
 
 ARMS = {"ntp": "debug/llama_debug", "nitp": "debug/nitp_debug"}
@@ -30,7 +31,9 @@ def train_arm(name: str, command: list[str], folder: Path, wanted: str) -> None:
     if found == {"fingerprint": wanted, "finished": True}:
         print(f"{name}: already trained ({folder})", flush=True)
         return
-    if folder.exists() and found.get("fingerprint") != wanted:
+    if folder.exists() and not found:
+        raise UserError(f"{folder} was not made by the quickstart; choose another folder with --out.")
+    if folder.exists() and found["fingerprint"] != wanted:
         print(f"{name}: {folder} was trained with other settings; it is trained again", flush=True)
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,14 +76,11 @@ def main() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     for name, recipe_name in ARMS.items():
         folder = arguments.out / name
-        command = [
-            *launcher,
-            "-m",
-            "nitp_titan.train",
-            "--recipe",
-            os.path.relpath(recipe.find(recipe_name, "recipes")),
-        ]
-        command += ["--train-config", os.path.relpath(train_config), "--dump_folder", str(folder), *flags]
+        recipe_path, train_path = (
+            os.path.relpath(path) for path in (recipe.find(recipe_name, "recipes"), train_config)
+        )
+        command = [*launcher, "-m", "nitp_titan.train", "--recipe", recipe_path, "--train-config", train_path]
+        command += ["--dump_folder", str(folder), *flags]
         train_arm(name, command, folder, fingerprint(recipe_name, train_config, flags, manifest["train"]))
 
     report = arguments.out / "report"
@@ -89,4 +89,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)

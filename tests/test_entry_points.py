@@ -150,3 +150,13 @@ def test_the_quickstart_writes_both_runs_and_the_report_and_a_second_time_is_fas
         second.returncode == 0 and "ntp: already trained" in second.stdout and "nitp: already trained" in second.stdout
     )
     assert "| nitp | " in second.stdout
+
+
+def test_the_quickstart_deletes_no_folder_that_it_did_not_make(assets, tmp_path):
+    (tmp_path / "ntp").mkdir()
+    (tmp_path / "ntp/mine.txt").write_text("mine")
+    command = [sys.executable, "scripts/quickstart.py", "--steps", "3", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path}/ntp was not made by the quickstart; choose another folder with --out.\n"
+    assert (tmp_path / "ntp/mine.txt").read_text() == "mine"
