@@ -7,7 +7,7 @@ from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.common.config_utils import get_attention_config, make_ffn_config, make_gqa_config
 from torchtitan.models.common.param_init import depth_scaled_std, skip_param_init
-from torchtitan.models.llama3 import Llama3Model, parallelize_llama
+from torchtitan.models.llama3 import llama3_configs, Llama3Model, parallelize_llama
 from torchtitan.models.llama3.model import Llama3TransformerBlock
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
@@ -83,14 +83,31 @@ def llama(
     )
 
 
+_QWEN2_VOCABULARY = 152064
 _DEBUG = dict(dim=96, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=4096)
+# The paper's dense models (Table 4); its sizes come out with tied embeddings only.
+_PAPER = dict(vocab_size=_QWEN2_VOCABULARY, tied=True)
+# A vocabulary of 32,000: with Qwen2's a model of 50M parameters would be nothing but its embedding.
+_LADDER = dict(vocab_size=32000, tied=True)
+_LLAMA_2 = dict(vocab_size=32000, tied=False)
 
-FLAVORS = {
+_SHAPES = {
     # Small enough for two CPU cores, shaped like the paper's dense models: GQA, tied embeddings.
     "debug": dict(**_DEBUG, tied=True),
     # TorchTitan does not pipeline tied embeddings.
     "debug_untied": dict(**_DEBUG, tied=False),
+    "0.5B": dict(**_PAPER, dim=896, n_layers=24, n_heads=14, n_kv_heads=2, hidden_dim=4864),
+    "2B": dict(**_PAPER, dim=1792, n_layers=28, n_heads=14, n_kv_heads=2, hidden_dim=10752),
+    "3B": dict(**_PAPER, dim=2560, n_layers=28, n_heads=20, n_kv_heads=4, hidden_dim=10240),
+    "50M": dict(**_LADDER, dim=512, n_layers=12, n_heads=8, n_kv_heads=4, hidden_dim=1280),
+    "150M": dict(**_LADDER, dim=768, n_layers=20, n_heads=12, n_kv_heads=4, hidden_dim=2048),
+    "7B": dict(**_LLAMA_2, dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008),
+    "13B": dict(**_LLAMA_2, dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824),
 }
+
+FLAVORS = {name: partial(llama, **shape) for name, shape in _SHAPES.items()}
+# TorchTitan's own Llama 3 8B.
+FLAVORS["8B"] = llama3_configs["8B"]
 
 
 def model_registry(flavor: str, attn_backend: str = "flex") -> ModelSpec:
@@ -98,7 +115,7 @@ def model_registry(flavor: str, attn_backend: str = "flex") -> ModelSpec:
     return ModelSpec(
         name="llama3",
         flavor=flavor,
-        model=llama(attn_backend=attn_backend, **FLAVORS[flavor]),
+        model=FLAVORS[flavor](attn_backend=attn_backend),
         parallelize_fn=parallelize_llama,
         pipelining_fn=pipeline_llm,
         post_optimizer_build_fn=None,
