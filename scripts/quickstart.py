@@ -15,7 +15,7 @@ from nitp_titan.assets import prepare_stdlib_assets
 from nitp_titan.config import exit_with, UserError
 from nitp_titan.report import read_run, write_report
 
-ARMS = {"ntp": "debug/llama_debug", "nitp": "debug/nitp_debug"}
+ARMS = {"ntp": "debug/ntp_debug", "nitp": "debug/nitp_debug"}
 
 
 def fingerprint(recipe_name: str, train_config: Path, flags: list[str], python_text: dict) -> str:

@@ -1,0 +1,47 @@
+"""scripts/multinode.slurm under a stand-in for Slurm: two nodes, played by two processes on this machine."""
+
+import os
+import subprocess
+import sys
+
+from nitp_titan.metrics_file import read_records
+from nitp_titan.recipe import PROJECT
+
+SCONTROL = "#!/bin/sh\nprintf 'localhost\\nelsewhere\\n'\n"
+# As srun does, start the command once per node; its own options come first.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+"$@" & first=$!
+"$@" & second=$!
+wait $first; status=$?
+wait $second && exit $status
+"""
+
+
+def test_two_nodes_train_one_run_together(assets, tmp_path):
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN}.items():
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    single = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in single}
+    environment |= {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "two",
+        "SLURM_NNODES": "2",
+        "SLURM_SUBMIT_DIR": str(PROJECT),
+        "RANKS_PER_NODE": "1",
+    }
+    arguments = ["--recipe", "debug/nitp_debug", "--train-config", "cpu", "--dump_folder", str(tmp_path / "run")]
+    arguments += ["--training.local_batch_size", "8", "--training.steps", "2", "--metrics.log_freq", "1"]
+    arguments += ["--validator.no-enable"]
+    done = subprocess.run(
+        ["bash", "scripts/multinode.slurm", *arguments], capture_output=True, text=True, env=environment, cwd=PROJECT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = read_records(tmp_path / "run/metrics.jsonl")
+    # Both nodes' batches of 8 sequences of 128 tokens make the recipe's 16.
+    assert [record["tokens"] for record in records] == [2048, 4096]
