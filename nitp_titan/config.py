@@ -5,7 +5,6 @@ Imports no torch: recipes are read without it.
 
 import dataclasses
 import difflib
-import math
 import os
 import sys
 import time
@@ -184,6 +183,26 @@ class ModelConfig:
     attn_backend: Literal["flex", "varlen"] = "flex"
     """Attention kernels."""
 
+    moe_comm_backend: Literal["standard", "deepep", "hybridep", "minimal_async_ep"] | None = None
+    """Token dispatcher of a family with experts; None takes the family's, the all-to-all ``standard``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MachineConfig:
+    """What a train config is written for. Training does not read it; `scripts/recipe.py check` does."""
+
+    num_ranks: int = 1
+    """Ranks (GPUs) in all."""
+
+    device: str = "CPU"
+    """Name of the device, for its peak FLOPs in TorchTitan's table."""
+
+    device_memory_gib: float | None = None
+    """Memory of one device in GiB; None checks nothing."""
+
+    recipes: list[str] = dataclasses.field(default_factory=list)
+    """Recipes that it is meant for, as patterns: ``dense/*``."""
+
 
 def _at_least(limit: float):
     return lambda value: value >= limit, f"at least {limit}"
@@ -238,38 +257,3 @@ def check_ranges(config) -> None:
             value = group.optimizer_kwargs.get(key)
             if value is not None and not holds(value):
                 raise UserError(f"[optimizer] {key} = {value!r}, but it must be {allowed}.", table="optimizer", key=key)
-
-
-def check_batch(config, world_size: int) -> None:
-    """Raise UserError unless a ``Trainer.Config`` fits ``world_size`` ranks: layout, batch and chunks."""
-    parallelism, training = config.parallelism, config.training
-    cp = parallelism.context_parallel_degree
-    degrees = {
-        "tensor": parallelism.tensor_parallel_degree,
-        "context": cp,
-        "pipeline": parallelism.pipeline_parallel_degree,
-        "replicate": parallelism.data_parallel_replicate_degree,
-        "shard": max(1, parallelism.data_parallel_shard_degree),
-    }
-    product = math.prod(degrees.values())
-    exact = parallelism.data_parallel_shard_degree != -1
-    if world_size % product or (exact and world_size != product):
-        shown = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
-        raise UserError(f"[parallelism] needs {shown} = {product} ranks, but torchrun started {world_size}.")
-
-    data_ranks = world_size // math.prod(degrees[axis] for axis in ("tensor", "context", "pipeline"))
-    per_pass = training.local_batch_size * data_ranks
-    if training.global_batch_size > 0 and training.global_batch_size % per_pass:
-        raise UserError(
-            f"[training] global_batch_size = {training.global_batch_size} is no multiple of local_batch_size = "
-            f"{training.local_batch_size} times {data_ranks} data-parallel ranks.",
-            table="training",
-            key="local_batch_size",
-        )
-    for table, chunks in (("loss", config.loss.num_chunks), ("nitp", config.nitp.num_chunks)):
-        if (table == "loss" or config.nitp.enabled) and training.seq_len % (chunks * cp):
-            raise UserError(
-                f"[{table}] num_chunks = {chunks} does not divide a rank's {training.seq_len} / {cp} positions.",
-                table=table,
-                key="num_chunks",
-            )

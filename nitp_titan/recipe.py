@@ -20,6 +20,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 # What is trained. Every other key says where and how, and belongs to a train config.
 RECIPE_KEYS: dict[str, set[str] | None] = {
+    # The tokenizer: it gives tokens and losses their meaning.
+    "": {"hf_assets_path"},
     "model": {"family", "flavor"},
     "nitp": None,
     "optimizer": {"lr", "betas", "eps", "weight_decay", "param_groups"},
@@ -98,7 +100,7 @@ def _read_into(settings: Settings, path: Path, kind: str, *, extends: bool = Fal
             reason = "a base recipe extends nothing (one level only)" if kind == "recipe" else "only recipes do"
             raise UserError(f"{path}: extends = {base!r}: {reason}.")
         if not isinstance(base, str):
-            raise UserError(f"{path}: extends = {base!r}, but it must be the path of a recipe beside this one.")
+            raise UserError(f"{path}: extends = {base!r}, but it must be the path of a recipe, from this one's folder.")
         try:
             _read_into(settings, path.parent / base, kind)
         except UserError as error:
@@ -132,18 +134,43 @@ def read_settings(recipe: Path, train_config: Path | None) -> Settings:
         del head["resolved"]
         for table, key, value in _entries(head):
             settings.add(table, key, value, recipe)
-    else:
-        if train_config is None:
-            raise UserError(f"{recipe} needs a train config, for example train_configs/cpu.toml.")
-        _read_into(settings, recipe, "recipe", extends=True)
-        _read_into(settings, train_config, "train config")
+        _check_complete(settings, recipe)
+        return settings
+    if train_config is None:
+        raise UserError(f"{recipe} needs a train config, for example train_configs/cpu.toml.")
+    settings = read_recipe(recipe)
+    _read_into(settings, train_config, "train config")
+    _name_run_folder(settings, recipe)
+    return settings
+
+
+def _name_run_folder(settings: Settings, recipe: Path) -> None:
+    """Put the recipe's name into ``dump_folder``, so that two arms on one train config do not share a folder."""
+    folder = settings.tables.get("", {}).get("dump_folder")
+    if isinstance(folder, str):
+        settings.tables[""]["dump_folder"] = folder.replace("{recipe}", f"{recipe.resolve().parent.name}/{recipe.stem}")
+
+
+def read_recipe(recipe: Path) -> Settings:
+    """Merge a recipe and its base, without a train config; UserError as `read_settings`."""
+    settings = Settings()
+    _read_into(settings, recipe, "recipe", extends=True)
+    _check_complete(settings, recipe)
+    return settings
+
+
+def read_any(recipe: Path) -> Settings:
+    """Merge a recipe, or the ``resolved.toml`` of a run, without a train config; UserError as `read_settings`."""
+    return read_settings(recipe, None) if read_toml(recipe).get("resolved") is True else read_recipe(recipe)
+
+
+def _check_complete(settings: Settings, recipe: Path) -> None:
     for table, key in REQUIRED_KEYS:
         if key not in settings.tables.get(table, {}):
             raise UserError(f"{recipe}: [{table}] {key} is missing.")
     optimizer = settings.tables.get("optimizer", {})
     if "lr" not in optimizer and "param_groups" not in optimizer:
         raise UserError(f"{recipe}: [optimizer] lr is missing.")
-    return settings
 
 
 def load(recipe: Path, train_config: Path | None):

@@ -49,11 +49,21 @@ def build(settings: Settings) -> NITPTrainer.Config:
         sections |= _top_keys(settings, known=[*sections, *TOP_KEYS])
         if settings.misplaced:
             raise UserError(settings.misplaced[0])
-        return NITPTrainer.Config(model_spec=spec, **sections)
+        return _config(model_spec=spec, **sections)
     except UserError as error:
         # Checks inside the configs know the setting and not the file; it is added here.
         place = settings.place(error.table, error.key) if error.table is not None else ""
         raise UserError(place + str(error)) from None
+
+
+def _config(**sections: Any) -> NITPTrainer.Config:
+    try:
+        return NITPTrainer.Config(**sections)
+    except UserError:
+        raise
+    except ValueError as error:
+        # TorchTitan's checks across sections.
+        raise UserError(str(error)) from None
 
 
 def _defaults(spec: ModelSpec) -> dict[str, Any]:

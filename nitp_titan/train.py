@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node N -m nitp_titan.train --recipe R.toml [--train-config C.toml] [flags]
 
-R is a recipe (what is trained), C a train config (where and how; default: train_configs/gpu.toml
-where there is a GPU, else train_configs/cpu.toml). Flags override both: --nitp.weight 0.8,
+R is a recipe (what is trained; scripts/recipe.py lists them), C a train config (where and how; default:
+train_configs/gpu.toml where there is a GPU, else train_configs/cpu.toml). Flags override both: --nitp.weight 0.8,
 --optimizer.lr 1e-3, --training.steps 100, and every other flag of TorchTitan. --help lists them.
 """
 
@@ -34,7 +34,7 @@ def titan_arguments(argv: list[str]) -> list[str]:
     helping = "--help" in flags or "-h" in flags
     if known.recipe is None:
         if not helping:
-            raise UserError(f"--recipe is missing. The project's own: {', '.join(recipe.available('recipes'))}.")
+            raise UserError("--recipe is missing; `python scripts/recipe.py list` shows the project's own.")
         known.recipe = "debug/nitp_debug"
     if "RANK" not in os.environ and not helping:
         raise UserError(

@@ -18,9 +18,11 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from nitp_titan import cpu, recipe
-from nitp_titan.config import check_batch, check_ranges, Float8Config, ModelConfig, NITPConfig, UserError
+from nitp_titan.config import check_ranges, Float8Config, MachineConfig, ModelConfig, NITPConfig, UserError
 from nitp_titan.data import check_sources
+from nitp_titan.layout import check_layout
 from nitp_titan.loss import NITPLoss
+from nitp_titan.lr_scheduler import WSDSchedulers
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.objective import trained_positions
 from nitp_titan.variants import with_nitp
@@ -36,7 +38,9 @@ class NITPTrainer(Trainer):
         model: Annotated[ModelConfig, tyro.conf.Suppress] = field(default_factory=ModelConfig)
         nitp: NITPConfig = field(default_factory=NITPConfig)
         float8: Float8Config = field(default_factory=Float8Config)
+        lr_scheduler: WSDSchedulers.Config = field(default_factory=WSDSchedulers.Config)
         metrics: NITPMetrics.Config = field(default_factory=NITPMetrics.Config)
+        machine: MachineConfig = field(default_factory=MachineConfig)
 
         def __post_init__(self) -> None:
             Trainer.Config.__post_init__(self)
@@ -48,7 +52,7 @@ class NITPTrainer(Trainer):
                 raise UserError("[nitp] needs TorchTitan's ChunkedLossWrapper as loss.", table="nitp", key="weight")
 
     def __init__(self, config: Config):
-        check_batch(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         check_sources(config)
         spec = model_spec_with_nitp(config)
         loss = config.loss

@@ -1,6 +1,7 @@
 """A recipe and a train config without mistakes, to put one in."""
 
 GOOD_RECIPE = """
+hf_assets_path = "assets/stdlib"
 [model]
 family = "llama3"
 flavor = "debug"
@@ -15,7 +16,6 @@ weight = 1.0
 target_layer = 2
 """
 GOOD_TRAIN_CONFIG = """
-hf_assets_path = "assets/stdlib"
 [training]
 local_batch_size = 4
 disable_cuda_graphs = true

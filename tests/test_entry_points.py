@@ -108,7 +108,7 @@ def test_without_torchrun_it_says_how_to_start(outside_torchrun):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: --recipe is missing. The project's own: debug/llama_debug, debug/nitp_debug"),
+        ([], "error: --recipe is missing; `python scripts/recipe.py list` shows the project's own."),
         (["--recipe", "recipes/debug/nitp_debgu.toml"], "nitp_debgu.toml does not exist. Did you mean"),
         (
             ["--recipe", "debug/nitp_debug", "--nitp.target_layer", "9"],
@@ -116,7 +116,7 @@ def test_without_torchrun_it_says_how_to_start(outside_torchrun):
         ),
         (
             ["--recipe", "debug/nitp_debug", "--training.local_batch_size", "3"],
-            "error: [training] global_batch_size = 16 is no multiple",
+            "error: [training] local_batch_size = 3 times 1 data-parallel ranks does not divide",
         ),
     ],
 )

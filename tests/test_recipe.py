@@ -1,6 +1,7 @@
 """Reading recipes and train configs: inheritance, what is shipped, and the way back."""
 
 import dataclasses
+import fnmatch
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 
-from nitp_titan import config_registry, recipe, schema
+from nitp_titan import catalog, config_registry, recipe, schema
 from nitp_titan.config import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -69,17 +70,25 @@ def test_a_recipe_without_train_config_says_so(tmp_path):
         recipe.read_settings(tmp_path / "recipe.toml", None)
 
 
-@pytest.mark.parametrize("train_config", TRAIN_CONFIGS)
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_shipped_recipe_loads_on_every_train_config(name, train_config):
-    config = config_registry.load(f"{name}@{train_config}")
-    assert config.nitp.enabled == ("nitp" in name)
+def test_every_shipped_recipe_loads_on_every_train_config_meant_for_it(name):
+    machines = catalog.machines_for(name)
+    assert machines
+    for train_config in machines:
+        config = config_registry.load(f"{name}@{train_config}")
+        assert config.nitp.enabled == ("/ntp_" not in name)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if "nitp" in name])
-def test_an_nitp_recipe_differs_from_its_baseline_in_the_nitp_table_alone(name):
-    path = PROJECT / "recipes" / f"{name}.toml"
-    assert set(recipe.read_toml(path)) == {"extends", "nitp"}
+def test_every_train_config_names_recipes_that_exist():
+    for train_config in TRAIN_CONFIGS:
+        machine = recipe.read_toml(PROJECT / f"train_configs/{train_config}.toml")["machine"]
+        for pattern in machine["recipes"]:
+            assert fnmatch.filter(RECIPES, pattern), f"{train_config}: {pattern}"
+
+
+def test_two_arms_on_one_train_config_have_their_own_run_folders():
+    arms = [config_registry.load(f"{name}@cpu").dump_folder for name in ("debug/ntp_debug", "debug/nitp_debug")]
+    assert arms == ["outputs/debug/ntp_debug", "outputs/debug/nitp_debug"]
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full", "memory_budget"])
@@ -139,7 +148,7 @@ def test_recipes_are_read_without_torch():
         "import sys\nfrom nitp_titan import recipe\n"
         "names = recipe.available('recipes')\n"
         "for name in names:\n"
-        "    recipe.read_settings(recipe.find(name, 'recipes'), recipe.find('cpu', 'train_configs'))\n"
+        "    recipe.read_recipe(recipe.find(name, 'recipes'))\n"
         "assert names and 'torch' not in sys.modules and 'torchtitan' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=5)

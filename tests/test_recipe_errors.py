@@ -3,7 +3,8 @@
 import pytest
 from recipe_files import GOOD_TRAIN_CONFIG
 
-from nitp_titan.config import check_batch, UserError
+from nitp_titan.config import UserError
+from nitp_titan.layout import check_layout
 
 RECIPE_MISTAKES = {
     "unknown key": (
@@ -97,7 +98,7 @@ RECIPE_MISTAKES = {
         "[training.steps]\nx = 1",
         r"\[training\] steps = \{'x': 1\}, but it must be an integer",
     ),
-    "invalid TOML": ("steps = 10", "steps = = 10", r"recipe.toml is not valid TOML: .*line 8"),
+    "invalid TOML": ("steps = 10", "steps = = 10", r"recipe.toml is not valid TOML: .*line 9"),
     "key of a train config": (
         "steps = 10",
         "steps = 10\nlocal_batch_size = 2",
@@ -197,18 +198,14 @@ def test_a_stop_gradient_that_would_cross_ranks_is_refused(files):
 @pytest.mark.parametrize(
     ("machine", "num_ranks", "message"),
     [
-        ("", 3, "global_batch_size = 4 is no multiple of local_batch_size = 4 times 3 data-parallel ranks"),
-        ("[parallelism]\ntensor_parallel_degree = 2", 1, "needs tensor 2 = 2 ranks, but torchrun started 1"),
-        ("[parallelism]\ndata_parallel_shard_degree = 2", 4, "needs shard 2 = 2 ranks, but torchrun started 4"),
+        ("", 3, "local_batch_size = 4 times 3 data-parallel ranks does not divide global_batch_size = 4"),
+        ("[parallelism]\ntensor_parallel_degree = 2", 1, "needs tensor 2 = 2 ranks or a multiple, but there are 1"),
+        ("[parallelism]\ndata_parallel_shard_degree = 2", 4, "needs shard 2 = 2 ranks, but there are 4"),
         ("[loss]\nnum_chunks = 3", 1, r"\[loss\] num_chunks = 3 does not divide a rank's 128 / 1 positions"),
-        (
-            "[parallelism]\ncontext_parallel_degree = 4\n[loss]\nnum_chunks = 64",
-            4,
-            "64 does not divide a rank's 128 / 4",
-        ),
+        ("[parallelism]\ncontext_parallel_degree = 4", 4, "seq_len = 128 is no multiple of CP 4 x 128"),
     ],
 )
 def test_a_layout_that_does_not_fit_the_ranks_is_refused(files, machine, num_ranks, message):
     config = files(train_config=(GOOD_TRAIN_CONFIG, machine))
     with pytest.raises(UserError, match=message):
-        check_batch(config, num_ranks)
+        check_layout(config, num_ranks)

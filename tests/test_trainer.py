@@ -24,7 +24,7 @@ def _stock(config) -> Trainer:
     return Trainer.Config(**fields)
 
 
-@pytest.mark.parametrize("recipe", ["debug/nitp_debug", "debug/llama_debug"])
+@pytest.mark.parametrize("recipe", ["debug/nitp_debug", "debug/ntp_debug"])
 def test_off_means_torchtitan_bit_for_bit(assets, tmp_path, recipe):
     """Weight 0 and no [nitp] at all: stock losses, gradients, weights and checkpoint keys."""
     off = make_config(tmp_path / "off", recipe=recipe, nitp={"weight": 0.0})
@@ -60,7 +60,7 @@ class _Recording(PackedDataLoader):
 
 def test_both_arms_start_from_the_same_weights_and_see_the_same_batches(assets, tmp_path):
     arms = {}
-    for recipe in ("debug/llama_debug", "debug/nitp_debug"):
+    for recipe in ("debug/ntp_debug", "debug/nitp_debug"):
         _Recording.seen = []
         config = make_config(tmp_path / recipe, recipe=recipe, generated_data=False)
         config = dataclasses.replace(config, dataloader=_Recording.Config(inner=config.dataloader))
