@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.config import CommConfig, TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
@@ -49,7 +50,12 @@ def check(pairs: Iterable[tuple[Path, Path]]) -> Iterator[dict[str, Any]]:
     Yields:
         In the order of ``pairs``, the figures of one check: see `_figures`, or ``"error"`` with
         the reason in one line, and always ``recipe``, ``train_config``, ``seconds`` and ``memory_gib``.
+
+    Raises:
+        RuntimeError: in a process that has a process group, which the fake world of a check would inherit.
     """
+    if dist.is_initialized():
+        raise RuntimeError("dry_run.check needs a process without a torch.distributed process group.")
     jobs = [[Job(*pair, rank) for rank in _first_ranks(*pair)] for pair in pairs]
     cpu.install()
     # What a run would warn of is no news here.

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nitp_titan import catalog, dry_run, recipe
+from nitp_titan import recipe
 
 PROJECT = recipe.PROJECT
 
@@ -14,6 +14,21 @@ PROJECT = recipe.PROJECT
 def _tool(*arguments, **options):
     command = [sys.executable, "scripts/recipe.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, **options)
+
+
+def _check(pairs):
+    """`dry_run.check` in a process of its own: this one may have a process group."""
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from nitp_titan import dry_run\n"
+        "pairs = [tuple(map(Path, pair)) for pair in json.load(sys.stdin)]\n"
+        "print(json.dumps([*dry_run.check(pairs)]))\n"
+    )
+    names = json.dumps([[str(path) for path in pair] for pair in pairs])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, input=names)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_list_names_every_recipe_within_a_second_and_without_torch():
@@ -92,7 +107,9 @@ def test_check_counts_and_exits_non_zero_when_one_fails(tmp_path):
 
 @pytest.fixture(scope="module")
 def all_checks():
-    return list(dry_run.check(catalog.pairs(None, None)))
+    done = _tool("check", "--all", "--json")
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_every_recipe_passes_on_every_train_config_meant_for_it(all_checks):
@@ -191,7 +208,7 @@ def refusals(tmp_path_factory):
         machine = f"[machine]\nnum_ranks = {ranks}\ndevice = 'H100'\ndevice_memory_gib = 80\n"
         path.write_text(f"{machine}[parallelism]\n{settings}\n{training}{graphs}")
         pairs.append((recipe.find(name, "recipes"), path))
-    return dict(zip(REFUSED, dry_run.check(pairs)))
+    return dict(zip(REFUSED, _check(pairs)))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -206,6 +223,6 @@ def test_the_long_context_config_takes_sixteen_times_the_context(tmp_path):
     (tmp_path / "long.toml").write_text(long)
     machine = recipe.find("h100x8_cp", "train_configs")
     assert "--training.seq_len 131072 --training.global_batch_size 32" in machine.read_text()
-    (result,) = dry_run.check([(tmp_path / "long.toml", machine)])
+    (result,) = _check([(tmp_path / "long.toml", machine)])
     assert "error" not in result, result["error"]
     assert (result["seq_len"], result["accumulation_steps"], result["data_parallel_ranks"]) == (131072, 32, 1)
