@@ -1,4 +1,4 @@
-"""Weighted mixtures of local files: shares, ranks, exact resume, and the keys that name them."""
+"""Weighted mixtures of local files: shares, ranks and exact resume."""
 
 import copy
 import dataclasses
@@ -11,11 +11,9 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 
-from nitp_titan import recipe
 from nitp_titan.config import UserError
 from nitp_titan.data import check_dataset, local_files, TextDataLoader
 from nitp_titan.mixtures import MIXTURES, TextSource
@@ -280,102 +278,3 @@ def test_sources_are_opened_as_they_are_spelled_out(monkeypatch):
         ("HuggingFaceTB/finemath", "finemath-3plus", "train", True),
         ("nvidia/OpenMathReasoning", None, "cot", True),
     ]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mixture": "papr_like"}, r"\[t\] mixture = 'papr_like' is not registered. Did you mean 'paper_like'\?"),
-        (
-            {"mixture": "c4", "dataset_path": "x", "split": "test"},
-            r"\[t\] has dataset_path, split and mixture: give either one source by its own keys, or mixture",
-        ),
-        ({"mixture": "c4", "sources": [TextSource()]}, r"\[t\] has mixture and sources: give either"),
-        ({"sources": [TextSource(dataset="a/b"), TextSource()]}, r"\[t\] sources\[1\].dataset_path is missing"),
-        ({"sources": [TextSource(dataset="a/b", weight=0.0)]}, r"\[t\] sources\[0\].weight = 0.0, but it must be"),
-        ({"sources": [TextSource(dataset="a/b", weight=-1.0)]}, r"sources\[0\].weight = -1.0, but it must be a finite"),
-        ({"sources": [TextSource(dataset="a/b", weight=float("nan"))]}, r"sources\[0\].weight = nan, but it must be"),
-        ({"sources": [TextSource(dataset="a/b", weight=float("inf"))]}, r"sources\[0\].weight = inf, but it must be"),
-        ({"dataset": "jsonl"}, r"\[t\] dataset = 'jsonl' is neither .* Did you mean 'json'\?"),
-        ({"dataset": "a/b", "text_field": []}, r"\[t\] text_field = \[\] names no field"),
-        ({"dataset": "a/b", "num_workers": 2}, r"\[t\] num_workers = 2, but it must be 0 or 1"),
-    ],
-)
-def test_a_wrong_source_is_named(options, message):
-    with pytest.raises(UserError, match=message):
-        check_dataset(TextDataLoader.Config(**options), "t")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.parquet", b"no table", "x.parquet, there is no first row"),
-        ("x.jsonl.gz", b"not gzipped", "x.jsonl.gz, line 1 is not a JSON object"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "cut off"}')[:-12], "x.jsonl.gz, line 1 is not a JSON object"),
-        ("x.jsonl.gz", gzip.compress(b'{"txt": ""}'), "a document of .*x.jsonl.gz, line 1 .* Did you mean 'txt'"),
-    ],
-)
-def test_a_wrong_file_of_a_mixture_is_named(tmp_path, monkeypatch, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    kind = "parquet" if name.endswith("parquet") else "json"
-    monkeypatch.setitem(
-        MIXTURES, "mine", [TextSource(dataset="a/b"), TextSource(dataset=kind, dataset_path=str(tmp_path))]
-    )
-    with pytest.raises(UserError, match=rf"\[t\] mixture = 'mine', source 1: .*{message}"):
-        check_dataset(TextDataLoader.Config(mixture="mine"), "t")
-
-
-def test_a_parquet_table_without_the_field_or_without_rows_is_named(tmp_path):
-    empty = pyarrow.Table.from_pylist([], schema=pyarrow.schema([("text", pyarrow.string())]))
-    for table, message in (
-        (empty, "there is no first row"),
-        (pyarrow.Table.from_pylist([{"body": "x"}]), r"a document of .*x.parquet, row 1 has no such text"),
-        (pyarrow.Table.from_pylist([{"text": 1}]), r"a document of .*x.parquet, row 1 has no such text"),
-    ):
-        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
-        with pytest.raises(UserError, match=message):
-            check_dataset(TextDataLoader.Config(dataset="parquet", dataset_path=str(tmp_path)))
-
-
-TABLES = """
-[[dataloader.sources]]
-dataset = "parquet"
-dataset_path = "x"
-weight = 3
-text_field = ["problem", "solution"]
-[[dataloader.sources]]
-dataset = "allenai/c4"
-subset = "en"
-streaming = true
-[validator.dataloader]
-mixture = "c4_validation"
-"""
-
-
-@pytest.fixture
-def load(tmp_path):
-    def load(tables):
-        (tmp_path / "recipe.toml").write_text(GOOD_RECIPE)
-        (tmp_path / "machine.toml").write_text(GOOD_TRAIN_CONFIG + tables)
-        return recipe.load(tmp_path / "recipe.toml", tmp_path / "machine.toml")
-
-    return load
-
-
-def test_sources_come_from_a_train_config_and_come_back_from_the_resolved_recipe(load, tmp_path):
-    config = load(TABLES)
-    assert config.dataloader.sources == [
-        TextSource(dataset="parquet", dataset_path="x", weight=3.0, text_field=["problem", "solution"]),
-        TextSource(dataset="allenai/c4", subset="en", streaming=True),
-    ]
-    assert config.validator.dataloader.mixture == "c4_validation"
-    recipe.write_resolved(config, tmp_path / "run")
-    again = recipe.load(tmp_path / "run/resolved.toml", None)
-    assert (again.dataloader, again.validator) == (config.dataloader, config.validator)
-
-
-def test_a_wrong_key_of_a_source_is_named_with_its_file(load):
-    with pytest.raises(UserError, match=r"machine.toml: \[dataloader\] sources\[1\] has no key 'wait'.*'weight'"):
-        load(TABLES.replace("streaming", "wait"))
-    with pytest.raises(UserError, match=r"machine.toml: \[dataloader\] sources\[0\].weight = 'much', but it must be"):
-        load(TABLES.replace("weight = 3", 'weight = "much"'))

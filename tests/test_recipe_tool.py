@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nitp_titan import recipe
+from nitp_titan import dry_run, recipe
 
 PROJECT = recipe.PROJECT
 
@@ -103,6 +103,12 @@ def test_check_counts_and_exits_non_zero_when_one_fails(tmp_path):
     bad = _tool("check", "moe/nitp_45b_a5.5b", str(tmp_path / "odd.toml"))
     assert bad.returncode == 1 and "0 of 1 checks passed" in bad.stdout
     assert "expert_parallel_degree = 32 does not divide the model's 144 experts" in bad.stdout
+
+
+def test_a_check_does_not_inherit_the_callers_process_group(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="without a torch.distributed process group"):
+        next(dry_run.check([]))
 
 
 @pytest.fixture(scope="module")
