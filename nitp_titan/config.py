@@ -51,6 +51,10 @@ def nearest(word: str, choices: list[str]) -> str:
     return f" Choose from: {', '.join(sorted(choices))}." if choices else ""
 
 
+# Keys of `objective.LOSSES`, which needs torch.
+LOSS_NAMES = ("cosine", "mse", "smooth_l1", "kl")
+
+
 @dataclass(kw_only=True, slots=True)
 class NITPConfig:
     """Settings of the NITP objective; the defaults are the paper's choices (Tables 3, 7, 8)."""
@@ -65,8 +69,9 @@ class NITPConfig:
     """Auxiliary objective: NITP, or the generic cosine regulariser of the paper's ablation, which only
     pushes the hidden states of a sequence apart and uses no target, loss or projector."""
 
-    loss: Literal["cosine", "mse", "smooth_l1", "kl"] = "cosine"
-    """Distance between projected state and implicit token."""
+    loss: str = "cosine"
+    """Distance between projected state and implicit token: cosine, mse, smooth_l1, kl, or ``module:function`` of
+    another package: a function of both, [batch, length, dim] float32, to [batch, length]."""
 
     temporal_shift: Literal[0, 1] = 1
     """1 compares the state at t with the implicit token t+1; 0 with that of the same position."""
@@ -97,6 +102,8 @@ class NITPConfig:
         self._require(self.start_step >= 0, "start_step", "at least 0")
         self._require(0 < self.projector_width < float("inf"), "projector_width", "above 0")
         self._require(self.num_chunks >= 1, "num_chunks", "at least 1")
+        known = ":" in self.loss or self.loss in LOSS_NAMES
+        self._require(known, "loss", f"one of {', '.join(LOSS_NAMES)} or module:function", nearest_of=LOSS_NAMES)
 
     def check_model(self, num_layers: int) -> None:
         """Raise UserError unless a model of ``num_layers`` layers has the target layer."""
@@ -146,10 +153,13 @@ class NITPConfig:
                 key="pipeline_parallel_schedule",
             )
 
-    def _require(self, condition: bool, name: str, allowed: str) -> None:
+    def _require(self, condition: bool, name: str, allowed: str, *, nearest_of: tuple[str, ...] = ()) -> None:
         if not condition:
+            value = getattr(self, name)
+            suggestion = nearest(value, list(nearest_of)) if nearest_of else ""
+            suggestion = suggestion if "Did you mean" in suggestion else ""
             raise UserError(
-                f"[nitp] {name} = {getattr(self, name)!r}, but it must be {allowed}.", table="nitp", key=name
+                f"[nitp] {name} = {value!r}, but it must be {allowed}.{suggestion}", table="nitp", key=name
             )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import spmd_types as spmd
@@ -10,12 +11,28 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import nn, Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import ChunkedLossWrapper, GradAccumulator, IGNORE_INDEX
 from torchtitan.config import CompileConfig
-from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
 
-from nitp_titan.config import NITPConfig
-from nitp_titan.objective import cosine_regularizer_terms, direction_sums, nitp_loss_sum
+from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.nitp import context_parallel_group, local
+from nitp_titan.objective import cosine_regularizer_terms, direction_sums, LOSSES, nitp_loss_sum
+
+
+def find_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance that `[nitp] loss` names: a key of `LOSSES`, or ``module:function`` of another package.
+
+    Raises:
+        UserError: if there is no such module or function.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    module, _, function = name.partition(":")
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"[nitp] loss = '{name}' cannot be imported: {error}.", table="nitp", key="loss") from None
 
 
 class NITPLoss(ChunkedLossWrapper):
@@ -34,6 +51,7 @@ class NITPLoss(ChunkedLossWrapper):
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         super().__init__(config, compile_config=compile_config)
         self.settings = config.nitp
+        self.distance = find_loss(config.nitp.loss)
         self.fn = nitp_loss_sum
         self._maybe_compile(compile_config)
         self.projector: nn.Module | None = None
@@ -81,36 +99,39 @@ class NITPLoss(ChunkedLossWrapper):
         if not h_BLD.requires_grad:
             return ntp, metrics
         with spmd.local(), spmd.no_typecheck():
-            labelled_BL = labels != IGNORE_INDEX
+            labelled_BL = local(labels) != IGNORE_INDEX
             if self.settings.objective == "cosine_regularizer":
                 total, value = self._regularizer(h_BLD, labelled_BL)
             else:
                 target_BLD, valid_BL = target
                 total, value = self._nitp(h_BLD, target_BLD, valid_BL & labelled_BL)
-            newest = torch.stack([ntp.detach().float(), value])
+            newest = torch.stack([local(ntp).detach().float(), value])
             self.parts.copy_(torch.cat([newest[None], self.parts[:-1]]))
-            return ntp + total, metrics
+            return ntp + _placed_as(ntp, total), metrics
 
     def _nitp(self, h_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
         def term(h: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-            loss = self.fn(self.projector(h), target, valid, self.settings.loss)
+            loss = self.fn(self._projected(h, h_BLD), target, valid, self.distance)
             return loss, loss.detach()
 
         with _unsharded_projector(self.projector) as before_last_backward:
-            return self._chunked(term, (h_BLD, target_BLD), (valid_BL,), before_last_backward)
+            return self._chunked(term, (local(h_BLD), target_BLD), (valid_BL,), before_last_backward)
+
+    def _projected(self, chunk: Tensor, h_BLD: Tensor) -> Tensor:
+        return local(self.projector(_placed_as(h_BLD, chunk)))
 
     def _regularizer(self, h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            chunks = zip(*(x.chunk(self.settings.num_chunks, dim=1) for x in (h_BLD.detach(), valid_BL)))
+            chunks = zip(*(x.chunk(self.settings.num_chunks, dim=1) for x in (local(h_BLD).detach(), valid_BL)))
             directions, counts = (sum(parts) for parts in zip(*(direction_sums(h, valid) for h, valid in chunks)))
-            if spmd_mesh_size("cp") > 1:
-                group = current_spmd_mesh().get_group("cp")
+            group = context_parallel_group(h_BLD)
+            if group is not None:
                 directions, counts = (funcol.all_reduce(x, "sum", group) for x in (directions, counts))
 
         def term(h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-            return cosine_regularizer_terms(self.projector(h), valid, directions, counts)
+            return cosine_regularizer_terms(self._projected(h, h_BLD), valid, directions, counts)
 
-        return self._chunked(term, (h_BLD,), (valid_BL,), lambda: None)
+        return self._chunked(term, (local(h_BLD),), (valid_BL,), lambda: None)
 
     def _chunked(
         self,
@@ -147,6 +168,13 @@ class NITPLoss(ChunkedLossWrapper):
             for state, gradient, share in zip(learning, gradients, shares)
         )
         return total, value
+
+
+def _placed_as(reference: Tensor, part: Tensor) -> Tensor:
+    """This rank's part as a DTensor on the mesh of ``reference``, if that is one."""
+    if not isinstance(reference, DTensor):
+        return part
+    return DTensor.from_local(part, reference.device_mesh, reference.placements)
 
 
 @contextmanager

@@ -11,8 +11,10 @@ import torch
 import torch.distributed._functional_collectives as funcol
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torchtitan.config import ParallelismConfig
-from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
+from torchtitan.distributed.spmd_types import current_spmd_mesh
 from torchtitan.models.common import Linear
 from torchtitan.models.common.decoder_sharding import (
     dense_activation_placement,
@@ -25,6 +27,20 @@ from torchtitan.protocols.sharding import ShardingConfig
 
 from nitp_titan.config import NITPConfig
 from nitp_titan.objective import next_implicit_tokens
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, differentiable; DTensors come from ``spmd_backend = "full_dtensor"`` only."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def context_parallel_group(tensor: Tensor) -> ProcessGroup | None:
+    """The ranks that hold the other parts of the sequence; None without context parallelism."""
+    mesh = tensor.device_mesh if isinstance(tensor, DTensor) else current_spmd_mesh()
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    if "cp" not in names or mesh.size(names.index("cp")) == 1:
+        return None
+    return mesh.get_group("cp")
 
 
 class NoProjector(Module):
@@ -61,9 +77,10 @@ class ImplicitTarget(Module):
     def forward(self, z_BLD: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Returns targets [batch, length, dim] and validity [batch, length], bool."""
         with spmd.no_typecheck():
-            num_runs = 2 if spmd_mesh_size("cp") > 1 and self.cp_load_balancer == "headtail" else 1
-            runs = list(zip(z_BLD.chunk(num_runs, dim=1), positions_BL.chunk(num_runs, dim=1)))
-            following = self._following(runs)
+            group = context_parallel_group(z_BLD)
+            num_runs = 2 if group is not None and self.cp_load_balancer == "headtail" else 1
+            runs = list(zip(*(local(x).chunk(num_runs, dim=1) for x in (z_BLD, positions_BL))))
+            following = self._following(runs, group)
             aligned = [
                 next_implicit_tokens(
                     z, positions, temporal_shift=self.temporal_shift, following_z_BD=next_z, following_position_B=next_p
@@ -73,13 +90,14 @@ class ImplicitTarget(Module):
             targets, valids = zip(*aligned)
             return torch.cat(targets, dim=1), torch.cat(valids, dim=1)
 
-    def _following(self, runs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _following(
+        self, runs: list[tuple[Tensor, Tensor]], group: ProcessGroup | None
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
         """The state and position id right after each run; None at the end of the sequence."""
-        cp, num_runs = spmd_mesh_size("cp"), len(runs)
-        if cp == 1 or self.temporal_shift == 0:
+        num_runs = len(runs)
+        if group is None or self.temporal_shift == 0:
             return [(None, None)] * num_runs
-        mesh = current_spmd_mesh()
-        group, rank = mesh.get_group("cp"), mesh.get_local_rank("cp")
+        cp, rank = group.size(), group.rank()
         heads_RBD = torch.stack([z[:, 0] for z, _ in runs])
         heads_RB = torch.stack([positions[:, 0] for _, positions in runs])
         all_heads_RBD = funcol.all_gather_tensor(heads_RBD, 0, group)

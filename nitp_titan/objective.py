@@ -3,6 +3,8 @@
 Suffixes: B batch, L length, D model dim; ``NITP`` equations are those of arXiv 2605.24956.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,19 +88,24 @@ LOSSES = {
 }
 
 
-def nitp_loss_sum(prediction_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor, loss: str = "cosine") -> Tensor:
+def nitp_loss_sum(
+    prediction_BLD: Tensor,
+    target_BLD: Tensor,
+    valid_BL: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor] = cosine_loss,
+) -> Tensor:
     """Sum of the NITP loss over valid positions, in float32 whatever the input type.
 
     Args:
         prediction_BLD: projected hidden states ``P(h_t)``, [batch, length, dim].
         target_BLD: implicit tokens aligned by `next_implicit_tokens`, same shape.
         valid_BL: positions that count, [batch, length], bool.
-        loss: a key of `LOSSES`.
+        loss: a value of `LOSSES`, or any function of prediction and target that reduces the last dimension.
 
     Returns:
         Scalar, float32. The caller divides by the number of valid positions.
     """
-    loss_BL = LOSSES[loss](prediction_BLD.float(), target_BLD.float())
+    loss_BL = loss(prediction_BLD.float(), target_BLD.float())
     return torch.where(valid_BL, loss_BL, 0.0).sum()
 
 

@@ -21,7 +21,7 @@ from nitp_titan import cpu, recipe
 from nitp_titan.config import check_ranges, Float8Config, MachineConfig, ModelConfig, NITPConfig, UserError
 from nitp_titan.data import check_sources
 from nitp_titan.layout import check_layout
-from nitp_titan.loss import NITPLoss
+from nitp_titan.loss import find_loss, NITPLoss
 from nitp_titan.lr_scheduler import WSDSchedulers
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.objective import trained_positions
@@ -47,6 +47,7 @@ class NITPTrainer(Trainer):
             check_ranges(self)
             if self.model_spec is not None:
                 self.nitp.check_model(len(self.model_spec.model.layers))
+            find_loss(self.nitp.loss)
             self.nitp.check_parallelism(self.parallelism)
             if self.nitp.enabled and not isinstance(self.loss, ChunkedLossWrapper.Config):
                 raise UserError("[nitp] needs TorchTitan's ChunkedLossWrapper as loss.", table="nitp", key="weight")

@@ -26,18 +26,14 @@ def with_nitp(spec: ModelSpec, settings: NITPConfig) -> ModelSpec:
         names start with ``nitp.projector``.
 
     Raises:
-        UserError: if the target layer is missing or outside the model, or the family has
-            a forward of its own, which the capture of implicit tokens cannot follow.
+        UserError: if the target layer is missing or outside the model, or the family has a
+            forward of its own and no ``nitp_decoder`` that captures implicit tokens in it.
     """
     settings.check_model(len(spec.model.layers))
     base = type(spec.model)._owner
-    own_mtp = getattr(spec.model, "mtp_layers", [])
-    if not issubclass(base, Decoder) or base.forward not in (Decoder.forward, MTPDecoder.forward) or own_mtp:
-        raise UserError(
-            f"[nitp] model family '{spec.name}' has its own forward; NITP follows TorchTitan's Decoder.forward only."
-        )
+    decoder = _nitp_decoder(base, spec)
     fields = {field.name: getattr(spec.model, field.name) for field in dataclasses.fields(spec.model)}
-    model = nitp_model_class(base).Config(**fields, nitp=nitp_module_config(spec.model.dim, settings))
+    model = nitp_model_class(base, decoder).Config(**fields, nitp=nitp_module_config(spec.model.dim, settings))
     return dataclasses.replace(
         spec,
         model=model,
@@ -47,15 +43,37 @@ def with_nitp(spec: ModelSpec, settings: NITPConfig) -> ModelSpec:
     )
 
 
+def _nitp_decoder(base: type, spec: ModelSpec) -> type:
+    """The mixin whose forward captures the implicit tokens of a model class.
+
+    A class with a forward of its own names it as ``nitp_decoder``, beside that forward.
+    """
+    if getattr(spec.model, "mtp_layers", None):
+        raise UserError(
+            f"[nitp] {spec.name} {spec.flavor} has multi-token prediction layers, whose loss (MTPLoss) TorchTitan 0.3.0 "
+            "neither chunks nor combines with another; train it with num_mtp_layers = 0."
+        )
+    owner = next(cls for cls in base.__mro__ if "forward" in vars(cls))
+    if owner in (Decoder, MTPDecoder):
+        return NITPDecoder
+    if "nitp_decoder" not in vars(owner):
+        raise UserError(
+            f"[nitp] {owner.__module__}.{owner.__name__} overrides Decoder.forward, in which NITP captures the implicit "
+            "token. Implement a subclass of nitp_titan.nitp.NITPDecoder with that forward and the capture, and name it "
+            f"as {owner.__name__}.nitp_decoder."
+        )
+    return vars(owner)["nitp_decoder"]
+
+
 @cache
-def nitp_model_class(base: type[Decoder]) -> type[Decoder]:
+def nitp_model_class(base: type[Decoder], decoder: type[NITPDecoder] = NITPDecoder) -> type[Decoder]:
     """Model class ``NITP<base>`` with the NITP module registered after the backbone.
 
     Being last, it is initialised last: for one seed the backbone's initial weights are
     those of the model without NITP.
     """
 
-    class NITPModel(NITPDecoder, base):
+    class NITPModel(decoder, base):
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):
             nitp: NITP.Config

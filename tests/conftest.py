@@ -1,21 +1,15 @@
 """Shared fixtures: one process group of one rank, the generated assets, runs under torchrun."""
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+import processes
+from processes import PROJECT
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,7 +17,7 @@ def project_folder():
     """Tests run in the project, as users do; as rank 0 of a world of one."""
     os.chdir(PROJECT)
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    os.environ.update(one_rank, MASTER_PORT=str(free_port()))
+    os.environ.update(one_rank, MASTER_PORT=str(processes.free_port()))
     return PROJECT
 
 
@@ -38,16 +32,8 @@ def assets(project_folder):
 
 @pytest.fixture(scope="session")
 def torchrun(assets):
-    """Run a module or script under torchrun; returns the finished process with its output."""
-
-    def run(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
-        single = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        environment = {key: value for key, value in os.environ.items() if key not in single}
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
-        command += ["--master_port", str(free_port()), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
-
-    return run
+    """`processes.torchrun`, with the assets in place."""
+    return processes.torchrun
 
 
 @pytest.fixture

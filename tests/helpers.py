@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.dataloader import BaseDataLoader
 
 from nitp_titan import config_registry
+from nitp_titan.models import build_model_spec
 from nitp_titan.trainer import NITPTrainer
 
 IGNORE = -100
@@ -23,7 +24,9 @@ class PackedDataLoader(BaseDataLoader):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         vocab_size: int = 4096
-        max_document: int = 40
+        documents: str = "packed"
+        """Lengths: ``packed`` up to 40, ``whole`` sequences, ``single`` tokens, single tokens in every ``odd`` sample
+        or in the ``first half`` of each; ``odd ignored``: packed, and odd samples have no label."""
 
     def __init__(self, config, *, dp_world_size, dp_rank, seq_len, local_batch_size, **kwargs):
         self.config, self.ranks, self.rank = config, dp_world_size, dp_rank
@@ -33,12 +36,22 @@ class PackedDataLoader(BaseDataLoader):
         generator = torch.Generator().manual_seed(1000 + index)
         # Squares of uniform numbers: few tokens are common, so that there is something to learn.
         tokens = (torch.rand(self.seq_len + 1, generator=generator) ** 4 * self.config.vocab_size).long()
-        positions = []
-        while len(positions) < self.seq_len:
-            positions += range(int(torch.randint(1, self.config.max_document, (1,), generator=generator)))
         labels = tokens[1:].clone()
         labels[torch.rand(self.seq_len, generator=generator) < 0.1] = IGNORE
-        return tokens[:-1], torch.tensor(positions[: self.seq_len]), labels
+        if self.config.documents == "odd ignored" and index % 2:
+            labels[:] = IGNORE
+        return tokens[:-1], self.positions(index, generator), labels
+
+    def positions(self, index: int, generator: torch.Generator) -> torch.Tensor:
+        kind, length = self.config.documents, self.seq_len
+        if kind == "whole":
+            return torch.arange(length)
+        if kind == "single" or (kind == "odd" and index % 2):
+            return torch.zeros(length, dtype=torch.int64)
+        positions: list[int] = [0] * (length // 2) if kind == "first half" else []
+        while len(positions) < length:
+            positions += range(int(torch.randint(1, 40, (1,), generator=generator)))
+        return torch.tensor(positions[:length])
 
     def __iter__(self):
         while True:
@@ -56,9 +69,17 @@ class PackedDataLoader(BaseDataLoader):
         self.drawn = state["drawn"]
 
 
-def make_config(folder: Path, *, recipe: str = "debug/nitp_debug", generated_data: bool = True, **sections):
-    """The debug recipe on CPU with changes by section, for example ``nitp={"loss": "mse"}``."""
-    config = config_registry.load(f"{recipe}@cpu")
+def make_config(
+    folder: Path,
+    *,
+    recipe: str = "debug/nitp_debug",
+    train_config: str = "cpu",
+    generated_data: bool = True,
+    documents: str = "packed",
+    **sections,
+):
+    """The debug recipe with changes by section, for example ``nitp={"loss": "mse"}``, or whole sections."""
+    config = config_registry.load(f"{recipe}@{train_config}")
     defaults = {
         # Without clipping, or the gradients of one part would depend on all others.
         "training": {"seq_len": 128, "local_batch_size": 4, "global_batch_size": 4, "steps": 3, "max_norm": 1e9},
@@ -68,10 +89,15 @@ def make_config(folder: Path, *, recipe: str = "debug/nitp_debug", generated_dat
     }
     changes = {"dump_folder": str(folder)}
     if generated_data:
-        changes["dataloader"] = PackedDataLoader.Config()
+        changes["dataloader"] = PackedDataLoader.Config(documents=documents)
+        changes["validator"] = dataclasses.replace(config.validator, enable=False)
     for section in {*defaults, *sections}:
-        values = {**defaults.get(section, {}), **sections.get(section, {})}
-        changes[section] = dataclasses.replace(getattr(config, section), **values)
+        values = sections.get(section, {})
+        if isinstance(values, dict):
+            values = dataclasses.replace(getattr(config, section), **{**defaults.get(section, {}), **values})
+        changes[section] = values
+    if "model" in sections:
+        changes["model_spec"] = build_model_spec(changes["model"])
     return dataclasses.replace(config, **changes)
 
 
@@ -101,8 +127,23 @@ def parameters(trainer, *, gradients: bool = False) -> dict[str, torch.Tensor]:
 
 
 def gradient_norms(trainer) -> dict[str, float]:
-    """float64 norms of the projector's and of all other gradients."""
-    squares = {"projector": 0.0, "rest": 0.0}
+    """float64 norms of the projector's and of all other gradients, over all pipeline stages."""
+    squares = torch.zeros(2, dtype=torch.float64)
     for name, gradient in parameters(trainer, gradients=True).items():
-        squares["projector" if name.startswith("nitp.") else "rest"] += gradient.double().square().sum().item()
-    return {group: value**0.5 for group, value in squares.items()}
+        squares[0 if name.startswith("nitp.") else 1] += gradient.double().square().sum().cpu()
+    _sum_over_stages(trainer, squares)
+    return dict(zip(("projector", "rest"), squares.sqrt().tolist()))
+
+
+def weight_norm(trainer) -> float:
+    """float64 norm of all parameters, over all pipeline stages."""
+    square = torch.zeros(1, dtype=torch.float64)
+    for value in parameters(trainer).values():
+        square += value.double().square().sum().cpu()
+    _sum_over_stages(trainer, square)
+    return square.sqrt().item()
+
+
+def _sum_over_stages(trainer, values: torch.Tensor) -> None:
+    if trainer.parallel_dims.pp_enabled:
+        torch.distributed.all_reduce(values, group=trainer.parallel_dims.get_mesh("pp").get_group())

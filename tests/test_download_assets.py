@@ -196,7 +196,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(download, tmp_path, na
 
 
 def test_no_network_and_no_folder_are_one_line(download, tmp_path):
-    from conftest import free_port
+    from processes import free_port
 
     done, _ = download("qwen2", endpoint=f"http://127.0.0.1:{free_port()}")
     (line,) = done.stderr.splitlines()

@@ -57,7 +57,7 @@ def test_losses_are_float32_and_finite_for_zero_and_huge_vectors(loss, dtype):
     rows = torch.tensor([[0.0, 0.0, 0.0], [3e4, -3e4, 1.0], [1e-6, 0.0, -1e-6]], dtype=dtype)
     prediction = rows[None].clone().requires_grad_()
     target = rows.flip(0)[None]
-    total = objective.nitp_loss_sum(prediction, target, torch.ones(1, 3, dtype=torch.bool), loss)
+    total = objective.nitp_loss_sum(prediction, target, torch.ones(1, 3, dtype=torch.bool), objective.LOSSES[loss])
     total.backward()
     assert total.dtype == torch.float32 and torch.isfinite(total)
     assert torch.isfinite(prediction.grad).all()

@@ -2,10 +2,13 @@
 
 import inspect
 from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 from nitp_titan.config import ModelConfig, nearest, UserError
 
-FAMILIES = {"llama3": "nitp_titan.models.llama3", "moe": "nitp_titan.models.moe"}
+# Folders beside this file.
+FAMILIES = ("llama3", "moe", "qwen3", "deepseek_v3", "gpt_oss")
 
 
 def build_model_spec(model: ModelConfig):
@@ -13,15 +16,9 @@ def build_model_spec(model: ModelConfig):
 
     Raises:
         UserError: for an unknown family or flavor, naming the nearest one, or a token
-            dispatcher for a family without experts.
+            dispatcher for a model without experts.
     """
-    if model.family not in FAMILIES:
-        raise UserError(
-            f"[model] family = '{model.family}' is not registered.{nearest(model.family, list(FAMILIES))}",
-            table="model",
-            key="family",
-        )
-    family = import_module(FAMILIES[model.family])
+    family = _import_family(model.family)
     if model.flavor not in family.FLAVORS:
         raise UserError(
             f"[model] flavor = '{model.flavor}' is unknown in {model.family}."
@@ -30,12 +27,42 @@ def build_model_spec(model: ModelConfig):
             key="flavor",
         )
     backends = {"attn_backend": model.attn_backend}
-    if model.moe_comm_backend is not None:
-        if "moe_comm_backend" not in inspect.signature(family.model_registry).parameters:
-            raise UserError(
-                f"[model] moe_comm_backend = '{model.moe_comm_backend}', but {model.family} has no experts.",
-                table="model",
-                key="moe_comm_backend",
-            )
+    takes_dispatcher = "moe_comm_backend" in inspect.signature(family.model_registry).parameters
+    if model.moe_comm_backend is not None and takes_dispatcher:
         backends["moe_comm_backend"] = model.moe_comm_backend
-    return family.model_registry(model.flavor, **backends)
+    spec = family.model_registry(model.flavor, **backends)
+    has_experts = any(getattr(layer, "moe", None) is not None for layer in spec.model.layers)
+    if model.moe_comm_backend is not None and not (takes_dispatcher and has_experts):
+        raise UserError(
+            f"[model] moe_comm_backend = '{model.moe_comm_backend}', but {model.family} {model.flavor} has no experts.",
+            table="model",
+            key="moe_comm_backend",
+        )
+    return spec
+
+
+def _import_family(name: str) -> ModuleType:
+    """The module of a registered family, or of one outside this project by its import path."""
+    if name in FAMILIES:
+        return import_module(f"{__name__}.{name}")
+    try:
+        found = name and find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        found = False
+    if not found:
+        raise UserError(
+            f"[model] family = '{name}' is neither registered nor an importable module."
+            f"{nearest(name, list(FAMILIES))}",
+            table="model",
+            key="family",
+        )
+    module = import_module(name)
+    missing = [attribute for attribute in ("FLAVORS", "model_registry") if not hasattr(module, attribute)]
+    if missing:
+        raise UserError(
+            f"[model] family = '{name}': the module has no {' and no '.join(missing)}; a family has both "
+            "(README, Add your own variant).",
+            table="model",
+            key="family",
+        )
+    return module

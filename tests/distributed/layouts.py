@@ -1,28 +1,63 @@
-"""Worker under torchrun: trains one seed checkpoint on a list of layouts and writes the figures as JSON.
+"""Worker under torchrun: trains layouts of `matrix.LAYOUTS` from seed checkpoints and writes their figures as JSON.
 
-    torchrun --nproc_per_node N tests/distributed/layouts.py FOLDER LAYOUTS.json
+    torchrun --nproc_per_node N tests/distributed/layouts.py FOLDER PORTS.json
 
-LAYOUTS.json holds ``{name: {"port": free port, "sections": changes to the debug recipe}}``.
+PORTS.json holds ``{name: free port}``; a name is that of a layout, or ``seeds/<model>`` for the seed checkpoint.
 """
 
+import dataclasses
 import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from helpers import gradient_norms, make_config, parameters
+from helpers import gradient_norms, make_config, weight_norm
+from matrix import Layout, LAYOUTS
 
-from nitp_titan.metrics_file import read_records
+from nitp_titan import nitp, parallelize
+from nitp_titan.trainer import NITPTrainer
 
 
-def run_layout(folder: Path, name: str, sections: dict) -> dict:
-    """Figures of one layout: float64 gradient norms per step, the norm of all weights, logged metrics."""
-    seed = str(folder / "seed/checkpoint/step-0")
-    sections = {**sections, "checkpoint": {"enable": True, "load_only": True, "initial_load_path": seed}}
-    config = make_config(folder / name, **sections)
+def _without_halo(target, runs, group):
+    return [(None, None)] * len(runs)
+
+
+def _shard_local_shift(target, runs, group):
+    """What follows a run is its own first state, as a shift without exchange would have it."""
+    return [(z[:, 0], positions[:, -1] + 1) for z, positions in runs]
+
+
+def _break(control: str | None) -> None:
+    if control == "no halo":
+        nitp.ImplicitTarget._following = _without_halo
+    elif control == "shard-local shift":
+        nitp.ImplicitTarget._following = _shard_local_shift
+    elif control == "no divide factor":
+        parallelize.disable_fsdp_gradient_division = lambda module: None
+    else:
+        assert control is None, control
+
+
+def make_seed(folder: Path, model: str) -> None:
+    """Write the initial weights of a model, unsharded."""
+    config = make_config(folder / "seeds" / model, **LAYOUTS[f"{model}/one"].sections)
+    checkpoint = dataclasses.replace(config.checkpoint, enable=True, create_seed_checkpoint=True)
+    trainer = dataclasses.replace(config, checkpoint=checkpoint).build()
+    trainer.checkpointer.save(curr_step=0, last_step=True)
+    trainer.close()
+
+
+def run_layout(folder: Path, layout: Layout) -> dict:
+    """Figures of one layout: float64 gradient norms per step, the norm of all weights, linears by type."""
+    _break(layout.control)
+    seed = str(folder / "seeds" / layout.model / "checkpoint/step-0")
+    checkpoint = {"enable": True, "load_only": True, "initial_load_path": seed}
+    config = make_config(folder / layout.name, **layout.sections, checkpoint=checkpoint)
     # Adam gives the smallest gradient a full step, and with it their rounding; a large eps does not.
     config.optimizer.param_groups[0].optimizer_kwargs["eps"] = 1e-3
     trainer = config.build()
@@ -33,35 +68,46 @@ def run_layout(folder: Path, name: str, sections: dict) -> dict:
         trainer.step = step
         trainer.train_step(batches)
         norms.append(gradient_norms(trainer))
+    figures = {"norms": norms, "weights": weight_norm(trainer), "linears": linear_types(trainer)}
     trainer.close()
-    weights = sum(value.double().square().sum().item() for value in parameters(trainer).values()) ** 0.5
-    return {"norms": norms, "weights": weights}
+    return figures
 
 
-def in_child(folder: Path, name: str, port: int, sections: dict) -> bool:
-    """Run a layout in a forked process: TorchTitan's meshes are globals, its import takes seconds."""
+def linear_types(trainer: NITPTrainer) -> dict[str, str]:
+    """Class of every linear layer on this rank, by name."""
+    modules = [item for part in trainer.model_parts for item in part.named_modules()]
+    return {name: type(module).__name__ for name, module in modules if "Linear" in type(module).__name__}
+
+
+def in_child(path: Path, port: int, work: Callable[[], dict | None]) -> None:
+    """Do some work in a forked process: TorchTitan's meshes are globals, its import takes seconds.
+
+    Rank 0 writes what the work returns to ``path``, any rank the reason of its failure beside it.
+    """
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1] == 0
-    status = 1
+        os.waitpid(child, 0)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
-        result = run_layout(folder, name, sections)
+        result = work()
         if os.environ["RANK"] == "0":
-            result["records"] = read_records(folder / name / "metrics.jsonl")
-            (folder / f"{name}.json").write_text(json.dumps(result))
-        status = 0
+            path.write_text(json.dumps(result))
     except Exception:
-        traceback.print_exc()
+        path.with_suffix(f".{os.environ['RANK']}.error").write_text(traceback.format_exc())
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(0)
 
 
 def main() -> None:
-    folder, layouts = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    failed = [name for name, layout in layouts.items() if not in_child(folder, name, **layout)]
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+    folder, ports = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    for name, port in ports.items():
+        kind, _, model = name.partition("/")
+        work = partial(make_seed, folder, model) if kind == "seeds" else partial(run_layout, folder, LAYOUTS[name])
+        in_child(folder / f"{name}.json", port, work)
 
 
 if __name__ == "__main__":

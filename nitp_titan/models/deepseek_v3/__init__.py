@@ -1,0 +1,59 @@
+"""TorchTitan's DeepSeek-V3 (latent attention, mixture of experts), with a debug flavor for a CPU."""
+
+import dataclasses
+
+from torchtitan.models import deepseek_v3
+from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.deepseek_v3 import _build_dsv3_layers, DeepSeekV3Model
+from torchtitan.protocols.model_spec import ModelSpec
+
+_DIM, _VOCABULARY = 96, 4096
+
+
+def _debug(attn_backend: str, moe_comm_backend: str) -> DeepSeekV3Model.Config:
+    """One dense layer, then group-limited sigmoid routing, as in the 671B model."""
+    rope_dim = 12
+    layers = _build_dsv3_layers(
+        n_layers=4,
+        n_dense_layers=1,
+        dim=_DIM,
+        n_heads=4,
+        q_lora_rank=48,
+        kv_lora_rank=48,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=rope_dim,
+        v_head_dim=24,
+        mscale=1.0,
+        dense_hidden_dim=256,
+        moe_hidden_dim=48,
+        num_experts=16,
+        num_shared_experts=1,
+        router_top_k=4,
+        router_score_func="sigmoid",
+        router_num_expert_groups=4,
+        router_num_limited_groups=2,
+        router_route_norm=True,
+        attn_backend=attn_backend,
+        moe_comm_backend=moe_comm_backend,
+        non_blocking_capacity_factor=None,
+        rope=ComplexRoPE.Config(dim=rope_dim, max_seq_len=4096, theta=10000.0),
+    )
+    head = deepseek_v3._output_linear_init(_DIM)
+    embedding = deepseek_v3._EMBEDDING_INIT
+    return DeepSeekV3Model.Config(
+        dim=_DIM,
+        vocab_size=_VOCABULARY,
+        tok_embeddings=Embedding.Config(num_embeddings=_VOCABULARY, embedding_dim=_DIM, param_init=embedding),
+        norm=RMSNorm.Config(normalized_shape=_DIM, param_init=deepseek_v3._NORM_INIT),
+        lm_head=Linear.Config(in_features=_DIM, out_features=_VOCABULARY, param_init=head),
+        layers=layers,
+    )
+
+
+FLAVORS = {**deepseek_v3.deepseekv3_configs, "debug": _debug}
+
+
+def model_registry(flavor: str, attn_backend: str = "flex", moe_comm_backend: str = "standard") -> ModelSpec:
+    """TorchTitan's ``ModelSpec``, without multi-token prediction layers."""
+    model = FLAVORS[flavor](attn_backend=attn_backend, moe_comm_backend=moe_comm_backend)
+    return dataclasses.replace(deepseek_v3.model_registry("debugmodel"), flavor=flavor, model=model)

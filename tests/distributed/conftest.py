@@ -1,0 +1,99 @@
+"""Trains the layouts that the collected tests ask for, one launch for each number of ranks."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from processes import free_port, torchrun
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from matrix import Layout, LAYOUTS
+
+from nitp_titan.metrics_file import read_records
+
+WORKER = "tests/distributed/layouts.py"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "figures" in getattr(item, "fixturenames", ()):
+            # The first test of a number of ranks waits for all of its layouts.
+            item.add_marker(pytest.mark.timeout(1200))
+
+
+def _requested(items) -> dict[str, Layout]:
+    """Layouts of the collected tests and the ones that they are compared with, one rank first."""
+    names = set()
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        names |= {callspec.params["layout"]} if callspec and "layout" in callspec.params else set()
+        for marker in item.iter_markers("layouts"):
+            names |= set(marker.args)
+    names |= {LAYOUTS[name].reference for name in names}
+    return {name: layout for name, layout in LAYOUTS.items() if name in names}
+
+
+class Figures:
+    """Figures of the requested layouts by name; those of one world size are trained when the first is asked for."""
+
+    def __init__(self, folder: Path, layouts: dict[str, Layout]):
+        self.folder, self.layouts, self.trained = folder, layouts, set()
+
+    def __getitem__(self, name: str) -> dict:
+        self._train(1)
+        self._train(LAYOUTS[name].ranks)
+        errors = sorted(self.folder.glob(f"{name}.*.error"))
+        assert not errors, f"{name}: {errors[0].read_text()[-3000:]}"
+        figures = json.loads((self.folder / f"{name}.json").read_text())
+        return {**figures, "records": read_records(self.folder / name / "metrics.jsonl")}
+
+    def _train(self, ranks: int) -> None:
+        if ranks in self.trained:
+            return
+        self.trained.add(ranks)
+        names = [name for name, layout in self.layouts.items() if layout.ranks == ranks]
+        if ranks == 1:
+            names = [f"seeds/{model}" for model in sorted({layout.model for layout in self.layouts.values()})] + names
+        ports = self.folder / f"{ranks}.json"
+        ports.write_text(json.dumps({name: free_port() for name in names}))
+        done = torchrun(ranks, WORKER, str(self.folder), str(ports))
+        (self.folder / f"{ranks}.log").write_text(done.stdout + done.stderr)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="session")
+def figures(request, assets, tmp_path_factory) -> Figures:
+    return Figures(tmp_path_factory.mktemp("layouts"), _requested(request.session.items))
+
+
+@pytest.fixture
+def differences(figures):
+    """Compares a layout with its reference: what differs by more than the tolerance, in words; nothing if equal.
+
+    Tolerances: losses absolute, float64 gradient norms relative, for two optimizer steps.
+    """
+
+    def compare(name: str, *, loss: float = 1e-5, gradient: float = 1e-6) -> list[str]:
+        ours, one = figures[name], figures[LAYOUTS[name].reference]
+        found = []
+
+        def check(what: str, value: float, expected: float, *, rel: float = 0.0, tolerance: float = 0.0) -> None:
+            # Not `<=`, which a NaN passes.
+            if not math.isclose(value, expected, rel_tol=rel, abs_tol=tolerance):
+                found.append(f"{what}: {value!r} instead of {expected!r}")
+
+        assert len(ours["norms"]) == len(one["norms"]) == len(ours["records"]) == len(one["records"]) == 2
+        for step, (norms, expected) in enumerate(zip(ours["norms"], one["norms"]), 1):
+            for group in ("projector", "rest"):
+                check(f"step {step} gradient of {group}", norms[group], expected[group], rel=gradient)
+        for step, (record, expected) in enumerate(zip(ours["records"], one["records"]), 1):
+            check(f"step {step} tokens", record["tokens"], expected["tokens"])
+            for key in sorted({"ntp_loss", "nitp_loss"} & {*record, *expected}):
+                check(f"step {step} {key}", record[key], expected[key], tolerance=loss)
+        check("weights", ours["weights"], one["weights"], rel=0.1 * gradient)
+        return found
+
+    return compare
