@@ -158,9 +158,7 @@ class NITPConfig:
             value = getattr(self, name)
             suggestion = nearest(value, list(nearest_of)) if nearest_of else ""
             suggestion = suggestion if "Did you mean" in suggestion else ""
-            raise UserError(
-                f"[nitp] {name} = {value!r}, but it must be {allowed}.{suggestion}", table="nitp", key=name
-            )
+            raise UserError(f"[nitp] {name} = {value!r}, but it must be {allowed}.{suggestion}", table="nitp", key=name)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -47,16 +47,30 @@ def count_model(model: Decoder, seq_len: int) -> Counts:
     projector = sum(size for name, size in sizes.items() if name.startswith(PROJECTOR_PREFIX))
     total = sum(sizes.values()) - projector
     idle = sum(_expert_parameters(moe) * (1 - _used(moe)) for moe in _of_type(model, MoE))
-    linears = sum(linear.weight.numel() for linear in _of_type(model, nn.Linear)) - projector
-    experts = sum(_expert_parameters(moe) * _used(moe) for moe in _of_type(model, MoE))
     return Counts(
         parameters=total,
         activated_parameters=round(total - idle),
         projector_parameters=projector,
-        flops=round(6 * (linears + experts)),
+        flops=round(6 * (_matmul_parameters(model) - projector)),
         attention_flops=sum(_attention_flops(layer.attention, seq_len) for layer in model.config.layers),
         nitp_flops=6 * projector,
     )
+
+
+def projector_cost(model: Decoder) -> float:
+    """FLOPs of the projector as a multiple of those of a decoder layer, the mean over layers.
+
+    Args:
+        model: a whole built model with the NITP module, not parallelized.
+    """
+    layers = model.layers.values()
+    return _matmul_parameters(model.nitp) * len(layers) / sum(_matmul_parameters(layer) for layer in layers)
+
+
+def _matmul_parameters(module: nn.Module) -> float:
+    """Parameters that multiply the states of one token."""
+    linears = sum(linear.weight.numel() for linear in _of_type(module, nn.Linear))
+    return linears + sum(_expert_parameters(moe) * _used(moe) for moe in _of_type(module, MoE))
 
 
 def _of_type(model: nn.Module, kind: type) -> list:
@@ -74,6 +88,13 @@ def _used(moe: MoE) -> float:
 def _attention_flops(attention, seq_len: int) -> int:
     if attention is None:
         return 0
-    head_dim = getattr(attention, "head_dim", None) or attention.dim // attention.n_heads
-    # Scores and values: two products of 2 n_heads head_dim seq_len FLOPs, three times with the backward.
-    return 3 * 2 * 2 * attention.n_heads * head_dim * seq_len
+    # Two products of 2 n_heads dim seq_len FLOPs, scores and values, three times with the backward.
+    return 3 * 2 * attention.n_heads * sum(_head_dims(attention)) * seq_len
+
+
+def _head_dims(attention) -> tuple[int, int]:
+    """Dimensions of a head's queries and of its values, which differ in latent attention."""
+    if hasattr(attention, "qk_nope_head_dim"):
+        return attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
+    dim = getattr(attention, "head_dim", None) or attention.dim // attention.n_heads
+    return dim, dim

@@ -173,7 +173,7 @@ class DenseFlexAttention(FlexAttention):
             raise NotImplementedError("DenseFlexAttention has no score_mod.")
         with spmd.no_typecheck():
             # Under context parallelism there are more keys than queries.
-            mask = _dense_mask(attention_masks, q_BLNH.shape[0], q_BLNH.shape[1], k_BLNH.shape[1])
+            mask = _dense_mask(attention_masks, q_BLNH.shape[0], q_BLNH.shape[1], k_BLNH.shape[1], q_BLNH.device)
             q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
             if out_transform is None:
                 lse_BLN = None
@@ -207,9 +207,9 @@ def _copy_spmd_type(q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
 
 # As many as a model has kinds of masks: gpt_oss has two, and its layers take them in turn.
 @lru_cache(maxsize=2)
-def _dense_mask(mask: BlockMask, batch: int, queries: int, keys: int) -> torch.Tensor:
+def _dense_mask(mask: BlockMask, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """[batch, 1, queries, keys], bool; the layers of a pass share their masks, so each is evaluated once."""
-    return create_mask(mask.mask_mod, batch, 1, queries, keys, device="cpu")
+    return create_mask(mask.mask_mod, batch, 1, queries, keys, device=device)
 
 
 @override(target=FlexAttention.Config, description="FlexAttention evaluated densely, for CPU")

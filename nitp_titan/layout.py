@@ -2,6 +2,8 @@
 
 import math
 
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+
 from nitp_titan.config import UserError
 
 # FlexAttention's mask works on blocks of so many positions.
@@ -16,6 +18,7 @@ def check_layout(config, world_size: int) -> None:
     _check_attention_heads(config)
     _check_experts(config, world_size)
     _check_stages(config)
+    _check_wrong_upstream(config)
 
 
 def data_parallel_ranks(parallelism, world_size: int) -> int:
@@ -136,4 +139,27 @@ def _check_stages(config) -> None:
     if stages > len(model.layers):
         _refuse(
             "parallelism", "pipeline_parallel_degree", f"{stages} is more than the model's {len(model.layers)} layers."
+        )
+
+
+def _check_wrong_upstream(config) -> None:
+    """Refuse what TorchTitan 0.3.0 trains to wrong gradients, without NITP too; tests/distributed shows that it does."""
+    parallelism = config.parallelism
+    pp, cp, tp, ep = (
+        getattr(parallelism, f"{axis}_parallel_degree") for axis in ("pipeline", "context", "tensor", "expert")
+    )
+    if parallelism.spmd_backend == "full_dtensor" and pp > 1 and cp > 1:
+        _refuse(
+            "parallelism",
+            "spmd_backend",
+            "'full_dtensor', with which TorchTitan 0.3.0 gets gradients wrong under pipeline and context parallelism "
+            "together; choose 'spmd_types'.",
+        )
+    biased = any(config.model_spec.model.traverse(GptOssGroupedExperts.Config))
+    if biased and tp > 1 and ep == 1:
+        _refuse(
+            "parallelism",
+            "tensor_parallel_degree",
+            f"{tp}, with which TorchTitan 0.3.0 gets the experts' biases of {config.model_spec.name} wrong unless the "
+            "experts are spread; set expert_parallel_degree above 1.",
         )

@@ -11,6 +11,8 @@ from torchtitan.distributed.fsdp import disable_fsdp_gradient_division, get_fsdp
 from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh
 from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part, _get_pipeline_metadata
 
+from nitp_titan.counts import projector_cost
+
 
 def with_nitp_parallelize(parallelize_fn: Callable) -> Callable:
     """Wrap a family's parallelize function: the projector becomes an FSDP unit of its own.
@@ -68,7 +70,9 @@ def _parallelize_projector(
 def with_nitp_pipelining(pipelining_fn: Callable) -> Callable:
     """Wrap a family's pipelining function: the last stage holds the NITP module.
 
-    Pipelining drops every module that no stage lists.
+    Pipelining drops every module that no stage lists. Where TorchTitan splits the layers, the
+    projector counts as the layers that cost as much, on top of `[parallelism]
+    pipeline_parallel_last_stage_less_layers`.
     """
 
     def pipeline(
@@ -79,7 +83,10 @@ def with_nitp_pipelining(pipelining_fn: Callable) -> Callable:
             num_stages, num_layers, input_weight, output_weight = _get_pipeline_metadata(
                 parallel_dims, parallelism, model_config
             )
-            stages = _generate_llm_fqn_per_model_part(num_stages, num_layers, input_weight, output_weight)
+            projector = projector_layers(
+                round(projector_cost(model)), num_stages, num_layers, input_weight, output_weight
+            )
+            stages = _generate_llm_fqn_per_model_part(num_stages, num_layers, input_weight, output_weight + projector)
         stages = [list(stage) for stage in stages]
         if "nitp" not in stages[-1]:
             stages[-1].append("nitp")
@@ -89,3 +96,14 @@ def with_nitp_pipelining(pipelining_fn: Callable) -> Callable:
         )
 
     return pipeline
+
+
+def projector_layers(cost: int, num_stages: int, num_layers: int, input_weight: int, output_weight: int) -> int:
+    """Layers that the last stage holds less for the projector's sake: its cost, or what the stages have room for.
+
+    TorchTitan refuses a split whose output modules weigh more than a stage.
+    """
+    layers = num_layers + input_weight + output_weight
+    return max(
+        extra for extra in range(cost + 1) if extra == 0 or output_weight + extra <= (layers + extra) // num_stages
+    )

@@ -12,6 +12,23 @@ import processes
 from processes import PROJECT
 
 
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        # The other tests are about the CPU, on a machine with a GPU too.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="not run: needs a GPU and ./scripts/test.sh -m gpu"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def project_folder():
     """Tests run in the project, as users do; as rank 0 of a world of one."""

@@ -51,8 +51,7 @@ def _import_family(name: str) -> ModuleType:
         found = False
     if not found:
         raise UserError(
-            f"[model] family = '{name}' is neither registered nor an importable module."
-            f"{nearest(name, list(FAMILIES))}",
+            f"[model] family = '{name}' is neither registered nor an importable module.{nearest(name, list(FAMILIES))}",
             table="model",
             key="family",
         )

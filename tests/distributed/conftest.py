@@ -71,13 +71,12 @@ def figures(request, assets, tmp_path_factory) -> Figures:
 
 @pytest.fixture
 def differences(figures):
-    """Compares a layout with its reference: what differs by more than the tolerance, in words; nothing if equal.
+    """Compares two steps of a layout with its reference: what differs beyond the tolerances, in words."""
 
-    Tolerances: losses absolute, float64 gradient norms relative, for two optimizer steps.
-    """
-
-    def compare(name: str, *, loss: float = 1e-5, gradient: float = 1e-6) -> list[str]:
-        ours, one = figures[name], figures[LAYOUTS[name].reference]
+    def compare(name: str) -> list[str]:
+        layout = LAYOUTS[name]
+        gradient, loss = layout.gradient, layout.loss
+        ours, one = figures[name], figures[layout.reference]
         found = []
 
         def check(what: str, value: float, expected: float, *, rel: float = 0.0, tolerance: float = 0.0) -> None:

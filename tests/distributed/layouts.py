@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+import torch
 from helpers import gradient_norms, make_config, weight_norm
 from matrix import Layout, LAYOUTS
 
-from nitp_titan import nitp, parallelize
-from nitp_titan.trainer import NITPTrainer
+from nitp_titan import nitp, parallelize, trainer
 
 
 def _without_halo(target, runs, group):
@@ -39,6 +39,8 @@ def _break(control: str | None) -> None:
         nitp.ImplicitTarget._following = _shard_local_shift
     elif control == "no divide factor":
         parallelize.disable_fsdp_gradient_division = lambda module: None
+    elif control == "no check":
+        trainer.check_layout = lambda config, world_size: None
     else:
         assert control is None, control
 
@@ -47,9 +49,9 @@ def make_seed(folder: Path, model: str) -> None:
     """Write the initial weights of a model, unsharded."""
     config = make_config(folder / "seeds" / model, **LAYOUTS[f"{model}/one"].sections)
     checkpoint = dataclasses.replace(config.checkpoint, enable=True, create_seed_checkpoint=True)
-    trainer = dataclasses.replace(config, checkpoint=checkpoint).build()
-    trainer.checkpointer.save(curr_step=0, last_step=True)
-    trainer.close()
+    run = dataclasses.replace(config, checkpoint=checkpoint).build()
+    run.checkpointer.save(curr_step=0, last_step=True)
+    run.close()
 
 
 def run_layout(folder: Path, layout: Layout) -> dict:
@@ -60,23 +62,23 @@ def run_layout(folder: Path, layout: Layout) -> dict:
     config = make_config(folder / layout.name, **layout.sections, checkpoint=checkpoint)
     # Adam gives the smallest gradient a full step, and with it their rounding; a large eps does not.
     config.optimizer.param_groups[0].optimizer_kwargs["eps"] = 1e-3
-    trainer = config.build()
-    trainer.checkpointer.load(step=-1)
-    batches = trainer.batch_generator(trainer.dataloader)
+    run = config.build()
+    run.checkpointer.load(step=-1)
+    batches = run.batch_generator(run.dataloader)
     norms = []
-    for step in range(1, trainer.config.training.steps + 1):
-        trainer.step = step
-        trainer.train_step(batches)
-        norms.append(gradient_norms(trainer))
-    figures = {"norms": norms, "weights": weight_norm(trainer), "linears": linear_types(trainer)}
-    trainer.close()
+    for step in range(1, config.training.steps + 1):
+        run.step = step
+        run.train_step(batches)
+        norms.append(gradient_norms(run))
+    figures = {"norms": norms, "weights": weight_norm(run), "linears": linear_types(run)}
+    run.close()
     return figures
 
 
-def linear_types(trainer: NITPTrainer) -> dict[str, str]:
+def linear_types(run: trainer.NITPTrainer) -> dict[str, str]:
     """Class of every linear layer on this rank, by name."""
-    modules = [item for part in trainer.model_parts for item in part.named_modules()]
-    return {name: type(module).__name__ for name, module in modules if "Linear" in type(module).__name__}
+    modules = [item for part in run.model_parts for item in part.named_modules()]
+    return {name: type(module).__name__ for name, module in modules if isinstance(module, torch.nn.Linear)}
 
 
 def in_child(path: Path, port: int, work: Callable[[], dict | None]) -> None:

@@ -59,15 +59,14 @@ class Layout:
     """Absolute tolerance of the losses."""
 
     control: str | None
-    """What the worker breaks on purpose (`layouts.CONTROLS`)."""
+    """What the worker breaks on purpose, see `layouts.py`."""
+
+    label: str
+    """Entry in the row."""
 
     @property
     def model(self) -> str:
         return self.name.partition("/")[0]
-
-    @property
-    def label(self) -> str:
-        return self.name.partition("/")[2]
 
 
 LAYOUTS: dict[str, Layout] = {}
@@ -83,10 +82,11 @@ def _add(
     gradient: float = 1e-6,
     loss: float = 1e-5,
     control: str | None = None,
+    label: str | None = None,
     **settings,
 ) -> None:
     """Register a layout: sections of a config, or degrees by the short names of `_DEGREES`."""
-    model = name.partition("/")[0]
+    model, _, what = name.partition("/")
     parallelism = {_DEGREES[key]: settings.pop(key) for key in list(settings) if key in _DEGREES}
     sections = {
         "model": MODELS[model],
@@ -104,6 +104,7 @@ def _add(
         gradient=gradient,
         loss=loss,
         control=control,
+        label=label or what,
     )
 
 
@@ -113,22 +114,22 @@ def _one(name: str, **settings) -> None:
 
 
 def _parallelisms() -> None:
-    _add("dense/accumulation", 1, "gradient accumulation", batch=1)
-    _add("dense/FSDP 2, accumulation", 2, "gradient accumulation", batch=1)
-    _add("dense/PP 2, accumulation", 2, "gradient accumulation", batch=2, pp=2)
+    _add("dense/accumulation", 1, "gradient accumulation", label="1 rank", batch=1)
+    _add("dense/FSDP 2, accumulation", 2, "gradient accumulation", label="FSDP 2", batch=1)
+    _add("dense/PP 2, accumulation", 2, "gradient accumulation", label="PP 2", batch=2, pp=2)
     _add("dense/DDP 2", 2, "data parallel", batch=2, replicate=2, shard=1)
     _add("dense/FSDP 2", 2, "data parallel", batch=2)
     _add("dense/HSDP 2 x 2", 4, "data parallel", batch=1, replicate=2, shard=2)
-    _add("tied/FSDP 2", 2, "data parallel", batch=2)
+    _add("tied/FSDP 2", 2, "data parallel", label="FSDP 2 with tied embeddings", batch=2)
     _add("dense/TP 2", 2, "tensor parallel", tp=2)
-    _add("dense/TP 2, no sequence parallel", 2, "tensor parallel", tp=2, sequence_parallel=False)
+    _add("dense/TP 2 without sequence parallel", 2, "tensor parallel", tp=2, sequence_parallel=False)
     _add("dense/FSDP 2 x TP 2", 4, "tensor parallel", batch=2, tp=2)
-    _add("tied/FSDP 2 x TP 2", 4, "tensor parallel", batch=2, tp=2)
+    _add("tied/FSDP 2 x TP 2", 4, "tensor parallel", label="FSDP 2 x TP 2 with tied embeddings", batch=2, tp=2)
     _add("dense/CP 2 head-tail", 2, "context parallel", cp=2)
-    _add("dense/CP 2, no balancer", 2, "context parallel", cp=2, balancer=None)
+    _add("dense/CP 2 without balancer", 2, "context parallel", cp=2, balancer=None)
     _add("dense/FSDP 2 x CP 2", 4, "context parallel", batch=2, cp=2)
     _add("dense/CP 2 x TP 2", 4, "context parallel", cp=2, tp=2)
-    _add("tied/CP 2 x TP 2", 4, "context parallel", cp=2, tp=2)
+    _add("tied/CP 2 x TP 2", 4, "context parallel", label="CP 2 x TP 2 with tied embeddings", cp=2, tp=2)
     _one("dense/one of 512 tokens", training={"seq_len": 512})
     _add("dense/CP 4", 4, "context parallel", reference="one of 512 tokens", training={"seq_len": 512}, cp=4)
     for schedule in ("GPipe", "1F1B", "Interleaved1F1B"):
@@ -138,14 +139,23 @@ def _parallelisms() -> None:
     _add("dense/PP 2 x CP 2", 4, "pipeline parallel", pp=2, cp=2)
 
     _one("moe/one, NTP alone", nitp={"weight": 0.0})
-    _add("moe/accumulation", 1, "gradient accumulation", batch=1)
+    _add("moe/accumulation", 1, "gradient accumulation", label="1 rank", batch=1)
     _add("moe/FSDP 2", 2, "data parallel", batch=2)
     _add("moe/TP 2", 2, "tensor parallel", tp=2)
     _add("moe/CP 2 head-tail", 2, "context parallel", cp=2)
     _add("moe/PP 2 1F1B", 2, "pipeline parallel", pp=2)
     _add("moe/PP 2 x EP 2", 4, "pipeline parallel", batch=2, pp=2, ep=2)
     _add("moe/EP 2", 2, "expert parallel", batch=2, ep=2)
-    _add("moe/EP 2, NTP alone", 2, "expert parallel", reference="one, NTP alone", batch=2, nitp={"weight": 0.0}, ep=2)
+    _add(
+        "moe/EP 2, NTP alone",
+        2,
+        "expert parallel",
+        label="EP 2 with NTP alone",
+        reference="one, NTP alone",
+        batch=2,
+        nitp={"weight": 0.0},
+        ep=2,
+    )
     _add("moe/EP 4", 4, "expert parallel", batch=1, ep=4)
     _add("moe/EP 2 x TP 2", 4, "expert parallel", batch=2, ep=2, tp=2)
 
@@ -155,9 +165,24 @@ def _variants() -> None:
     for layer, stage in ((0, "embedding"), (1, "first stage"), (4, "last stage")):
         reference, nitp = f"one, target layer {layer}", {"target_layer": layer}
         _one(f"dense/{reference}", nitp=nitp)
-        _add(f"dense/PP 2, target in the {stage}", 2, "target layer's stage", reference=reference, nitp=nitp, pp=2)
+        _add(
+            f"dense/PP 2, target in the {stage}",
+            2,
+            "target layer's stage",
+            label=stage,
+            reference=reference,
+            nitp=nitp,
+            pp=2,
+        )
     # Of four stages the second holds layers 2 and 3.
-    _add("dense/PP 2, target in a middle stage", 2, "target layer's stage", pp=2, schedule="Interleaved1F1B")
+    _add(
+        "dense/PP 2, target in a middle stage",
+        2,
+        "target layer's stage",
+        label="middle stage",
+        pp=2,
+        schedule="Interleaved1F1B",
+    )
     for variant, nitp, layouts in (
         ("no stop-gradient", {"stop_gradient": False}, ("FSDP", "TP")),
         ("cosine regularizer", {"objective": "cosine_regularizer"}, ("FSDP", "TP", "CP", "PP")),
@@ -167,23 +192,56 @@ def _variants() -> None:
         _one(f"dense/one, {variant}", nitp=nitp)
         for name in layouts:
             degree = {"batch": 2} if name == "FSDP" else {name.lower(): 2}
-            _add(f"dense/{name} 2, {variant}", 2, f"objective: {variant}", reference=f"one, {variant}", nitp=nitp, **degree)
+            _add(
+                f"dense/{name} 2, {variant}",
+                2,
+                f"objective: {variant}",
+                label=f"{name} 2",
+                reference=f"one, {variant}",
+                nitp=nitp,
+                **degree,
+            )
 
 
 def _techniques() -> None:
     alone = {"FSDP 2": {"batch": 2}, "TP 2": {"tp": 2}, "CP 2": {"cp": 2}}
     for model in ("dense", "moe"):
         _add(f"{model}/full AC", 2, "activation checkpointing", batch=2, activation_checkpoint=FullAC.Config())
-        _add(f"{model}/selective AC", 2, "activation checkpointing", batch=2, activation_checkpoint=SelectiveAC.Config())
+        _add(
+            f"{model}/selective AC", 2, "activation checkpointing", batch=2, activation_checkpoint=SelectiveAC.Config()
+        )
         for chunks in (1, 8):
-            _add(f"{model}/{chunks} chunks", 2, "chunks of the NITP loss", batch=2, nitp={"num_chunks": chunks})
+            _add(
+                f"{model}/{chunks} chunks",
+                2,
+                "chunks of the NITP loss",
+                label=str(chunks),
+                batch=2,
+                nitp={"num_chunks": chunks},
+            )
         for name, degrees in alone.items():
-            _add(f"{model}/full_dtensor, {name}", 2, "full_dtensor", backend="full_dtensor", **degrees)
+            _add(f"{model}/full_dtensor, {name}", 2, "full_dtensor", label=name, backend="full_dtensor", **degrees)
             typechecking = {"spmd_typechecking": True}
-            _add(f"{model}/typechecked {name}", 2, "SPMD typechecking", debug=typechecking, **degrees)
-    _add("moe/typechecked EP 2", 2, "SPMD typechecking", batch=2, ep=2, debug={"spmd_typechecking": True})
-    _add("dense/full_dtensor, PP 2 x FSDP 2", 4, "full_dtensor", batch=2, backend="full_dtensor", pp=2)
-    _add("dense/full_dtensor, FSDP 2 x CP 2", 4, "full_dtensor", batch=2, backend="full_dtensor", cp=2)
+            _add(f"{model}/typechecked {name}", 2, "SPMD typechecking", label=name, debug=typechecking, **degrees)
+    _add("moe/typechecked EP 2", 2, "SPMD typechecking", label="EP 2", batch=2, ep=2, debug={"spmd_typechecking": True})
+    _add(
+        "dense/full_dtensor, PP 2 x FSDP 2",
+        4,
+        "full_dtensor",
+        label="PP 2 x FSDP 2",
+        batch=2,
+        backend="full_dtensor",
+        pp=2,
+    )
+    _add(
+        "dense/full_dtensor, FSDP 2 x CP 2",
+        4,
+        "full_dtensor",
+        label="FSDP 2 x CP 2",
+        batch=2,
+        backend="full_dtensor",
+        cp=2,
+    )
 
     # Traced grouped products take bfloat16 only, so that the reference's experts do too.
     bfloat16_experts = {"imports": [DENSE_ATTENTION]}
@@ -241,21 +299,25 @@ def _families() -> None:
 
 
 def _documents() -> None:
-    technique = "documents: {}"
-    for kind, row in (
-        ("whole", "across every border"),
-        ("single", "of one token"),
-        ("odd", "no valid position on one rank"),
-        ("first half", "no valid position on one rank"),
-        ("odd ignored", "no label on one rank"),
+    cp = {"CP 2 without balancer": {"cp": 2, "balancer": None}, "CP 2 head-tail": {"cp": 2}}
+    for kind, technique in (
+        ("whole", "documents as long as the sequence"),
+        ("single", "documents of one token"),
+        ("odd", "no valid position in every second sequence"),
+        ("first half", "no valid position in half of each sequence"),
+        ("odd ignored", "no label in every second sequence"),
     ):
-        _one(f"dense/one, {kind}", documents=kind)
-        layouts = {"FSDP 2": {"batch": 2}, "CP 2, no balancer": {"cp": 2, "balancer": None}, "CP 2 head-tail": {"cp": 2}}
+        layouts = {"dense/FSDP 2": {"batch": 2}} | {f"dense/{name}": degrees for name, degrees in cp.items()}
         if kind in ("whole", "single"):
-            layouts |= {"TP 2": {"tp": 2}, "PP 2": {"pp": 2}}
+            layouts |= {"dense/TP 2": {"tp": 2}, "dense/PP 2": {"pp": 2}}
+        if kind in ("single", "odd"):
+            layouts["moe/EP 2"] = {"batch": 2, "ep": 2}
+        for model in {name.partition("/")[0] for name in layouts}:
+            _one(f"{model}/one, {kind}", documents=kind)
         for name, degrees in layouts.items():
-            row_name = technique.format(row)
-            _add(f"dense/{name}, {kind}", 2, row_name, reference=f"one, {kind}", documents=kind, **degrees)
+            label = name.partition("/")[2]
+            reference = f"one, {kind}"
+            _add(f"{name}, {kind}", 2, technique, label=label, reference=reference, documents=kind, **degrees)
 
 
 def _controls() -> None:

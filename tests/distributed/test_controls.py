@@ -1,0 +1,34 @@
+"""The comparison fails for what is wrong: mistakes made on purpose, and what is refused because TorchTitan has it wrong."""
+
+import pytest
+from helpers import make_config
+from matrix import LAYOUTS
+
+from nitp_titan.config import UserError
+from nitp_titan.layout import check_layout
+
+
+def _controlled(*controls: str) -> list[str]:
+    return [layout.name for layout in LAYOUTS.values() if layout.control in controls]
+
+
+@pytest.mark.parametrize("layout", _controlled("no halo", "shard-local shift"))
+def test_a_wrong_exchange_across_context_parallel_ranks_is_found(differences, layout):
+    found = " ".join(differences(layout))
+    assert "nitp_loss" in found and "gradient of projector" in found and "gradient of rest" in found
+
+
+@pytest.mark.parametrize("layout", _controlled("no divide factor"))
+def test_a_projector_gradient_that_is_averaged_and_not_summed_is_found(differences, figures, layout):
+    assert any("gradient of projector" in found for found in differences(layout))
+    one, halved = (figures[name]["norms"][0] for name in (LAYOUTS[layout].reference, layout))
+    assert halved["projector"] == pytest.approx(one["projector"] / 2, rel=1e-6)
+    assert halved["rest"] == pytest.approx(one["rest"], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", _controlled("no check"))
+def test_what_is_refused_as_wrong_upstream_still_is(differences, layout, tmp_path):
+    """When this fails, TorchTitan has mended it: take the refusal out of `layout.check_layout`."""
+    assert any("gradient of rest" in found for found in differences(layout))
+    with pytest.raises(UserError, match=r"TorchTitan 0.3.0 gets .* wrong"):
+        check_layout(make_config(tmp_path, **LAYOUTS[layout].sections), LAYOUTS[layout].ranks)
