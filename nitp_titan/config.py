@@ -144,14 +144,6 @@ class NITPConfig:
                 table="parallelism",
                 key="context_parallel_load_balancer",
             )
-        if pp > 1 and "ZeroBubble" in parallelism.pipeline_parallel_schedule:
-            raise UserError(
-                f"[parallelism] pipeline_parallel_schedule = '{parallelism.pipeline_parallel_schedule}': "
-                "TorchTitan 0.3.0 loses the final norm's gradient under zero-bubble schedules with any "
-                "chunked loss; choose '1F1B', 'GPipe' or 'Interleaved1F1B'.",
-                table="parallelism",
-                key="pipeline_parallel_schedule",
-            )
 
     def _require(self, condition: bool, name: str, allowed: str, *, nearest_of: tuple[str, ...] = ()) -> None:
         if not condition:

@@ -143,7 +143,7 @@ def _check_stages(config) -> None:
 
 
 def _check_wrong_upstream(config) -> None:
-    """Refuse what TorchTitan 0.3.0 trains to wrong gradients, without NITP too; tests/distributed shows that it does."""
+    """Refuse what TorchTitan 0.3.0 gets wrong, without NITP too; tests/distributed/test_controls.py shows it."""
     parallelism = config.parallelism
     pp, cp, tp, ep = (
         getattr(parallelism, f"{axis}_parallel_degree") for axis in ("pipeline", "context", "tensor", "expert")

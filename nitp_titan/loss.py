@@ -35,7 +35,40 @@ def find_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         raise UserError(f"[nitp] loss = '{name}' cannot be imported: {error}.", table="nitp", key="loss") from None
 
 
-class NITPLoss(ChunkedLossWrapper):
+class ChunkedLoss(ChunkedLossWrapper):
+    """TorchTitan's chunked cross-entropy, right under schedules that split the backward pass too."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ChunkedLossWrapper.Config):
+        keep_unsharded: bool = False
+        """Leave final norm and unembedding gathered, as they were found.
+
+        ChunkedLossWrapper reshards both, which are one FSDP unit. Zero-bubble schedules then look up the
+        module's parameters in the autograd graph, find the shards, and lose the norm's gradient.
+        """
+
+    def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
+        super().__init__(config, compile_config=compile_config)
+        self.keep_unsharded = config.keep_unsharded
+
+    def __call__(
+        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `ChunkedLossWrapper.__call__`."""
+        loss, metrics = self.compute(pred, labels, global_valid_tokens, **loss_inputs)
+        # After every backward pass inside the loss: each of them reshards all that it finds gathered.
+        if self.keep_unsharded and loss.requires_grad and isinstance(self.lm_head, FSDPModule):
+            self.lm_head.unshard()
+        return loss, metrics
+
+    def compute(
+        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss itself, for subclasses to add to."""
+        return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
+
+
+class NITPLoss(ChunkedLoss):
     """NTP cross-entropy as in TorchTitan, plus ``weight`` times the auxiliary objective.
 
     Like the cross-entropy, the auxiliary term is computed and differentiated chunk by chunk
@@ -45,7 +78,7 @@ class NITPLoss(ChunkedLossWrapper):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(ChunkedLossWrapper.Config):
+    class Config(ChunkedLoss.Config):
         nitp: NITPConfig = field(default_factory=NITPConfig)
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
@@ -76,7 +109,7 @@ class NITPLoss(ChunkedLossWrapper):
         self.weight.fill_(weight)
         self.num_terms.copy_(num_terms.clamp(min=1))
 
-    def __call__(
+    def compute(
         self,
         pred: Tensor | tuple[Tensor, Tensor, Tensor],
         labels: Tensor,
@@ -95,7 +128,7 @@ class NITPLoss(ChunkedLossWrapper):
             This rank's share of ``ce / tokens + weight * nitp / positions`` and no metrics.
         """
         h_BLD, *target = pred if isinstance(pred, tuple) else (pred,)
-        ntp, metrics = super().__call__(h_BLD, labels, global_valid_tokens, **loss_inputs)
+        ntp, metrics = super().compute(h_BLD, labels, global_valid_tokens, **loss_inputs)
         if not h_BLD.requires_grad:
             return ntp, metrics
         with spmd.local(), spmd.no_typecheck():

@@ -38,6 +38,9 @@ class NITPMetrics(MetricsProcessor):
         pass
 
     def __init__(self, config: Config, *, dump_folder: str, parallel_dims, **kwargs):
+        if kwargs.get("pp_schedule") == "DualPipeV":
+            # Its last stage is on rank 0 too, which TorchTitan knows of the other V-shaped schedule only.
+            kwargs["pp_schedule"] = "ZBVZeroBubble"
         super().__init__(config, dump_folder=dump_folder, parallel_dims=parallel_dims, **kwargs)
         self.loss_parts: Callable[[], Tensor] | None = None
         self.files: list[MetricsFile] = []

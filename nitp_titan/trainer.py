@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 from torch import Tensor
-from torchtitan.components.loss import ChunkedLossWrapper, IGNORE_INDEX
+from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, IGNORE_INDEX
 from torchtitan.components.quantization import Float8LinearConverter
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.model_spec import ModelSpec
@@ -21,7 +21,7 @@ from nitp_titan import cpu, recipe
 from nitp_titan.config import check_ranges, Float8Config, MachineConfig, ModelConfig, NITPConfig, UserError
 from nitp_titan.data import check_sources
 from nitp_titan.layout import check_layout
-from nitp_titan.loss import find_loss, NITPLoss
+from nitp_titan.loss import ChunkedLoss, find_loss, NITPLoss
 from nitp_titan.lr_scheduler import WSDSchedulers
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.objective import trained_positions
@@ -55,10 +55,7 @@ class NITPTrainer(Trainer):
     def __init__(self, config: Config):
         check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         check_sources(config)
-        spec = model_spec_with_nitp(config)
-        loss = config.loss
-        if config.nitp.enabled:
-            loss = NITPLoss.Config(num_chunks=loss.num_chunks, loss_fn=loss.loss_fn, nitp=config.nitp)
+        spec, loss = model_spec_with_nitp(config), loss_with_nitp(config)
         super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
         vocab_size = self.model_config.vocab_size
         if self.tokenizer.get_vocab_size() > vocab_size:
@@ -118,6 +115,22 @@ def count_terms(inputs: dict[str, Tensor], labels_BL: Tensor, settings: NITPConf
     return trained_positions(
         inputs["positions"], labels_BL, temporal_shift=settings.temporal_shift, ignore_index=IGNORE_INDEX
     ).sum()
+
+
+# Pipeline schedules that compute gradients of inputs and of weights apart.
+_SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
+
+def loss_with_nitp(config: NITPTrainer.Config) -> BaseLoss.Config:
+    """The loss that a config trains: TorchTitan's own for NTP, except where that would be wrong."""
+    loss, parallelism = config.loss, config.parallelism
+    splits = parallelism.pipeline_parallel_degree > 1 and (
+        parallelism.pipeline_parallel_schedule in _SPLIT_BACKWARD or bool(parallelism.pipeline_parallel_schedule_csv)
+    )
+    if not isinstance(loss, ChunkedLossWrapper.Config) or not (splits or config.nitp.enabled):
+        return loss
+    chunked = {"num_chunks": loss.num_chunks, "loss_fn": loss.loss_fn, "keep_unsharded": splits}
+    return NITPLoss.Config(**chunked, nitp=config.nitp) if config.nitp.enabled else ChunkedLoss.Config(**chunked)
 
 
 def model_spec_with_nitp(config: NITPTrainer.Config) -> ModelSpec:

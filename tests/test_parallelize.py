@@ -4,9 +4,10 @@ import types
 
 import pytest
 import torch
-from torchtitan.config import ParallelismConfig
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 
-from nitp_titan import recipe
+from nitp_titan import parallelize, recipe
 from nitp_titan.counts import projector_cost
 from nitp_titan.parallelize import projector_layers, with_nitp_pipelining
 from nitp_titan.trainer import model_spec_with_nitp
@@ -78,3 +79,28 @@ def test_stages_that_a_train_config_lists_are_taken_as_they_are():
     split, _ = _split("moe/nitp_9b_a1b", 2, module_fqns_per_model_part=stages)
     assert split == [["tok_embeddings", "layers.0"], ["layers.1", "norm", "lm_head", "nitp"]]
     assert stages[-1][-1] == "lm_head"
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_projector_is_an_fsdp_unit_with_the_precision_and_the_offloading_of_the_training_config(
+    monkeypatch, offload
+):
+    given = {}
+    monkeypatch.setattr(parallelize, "fully_shard", lambda module, **options: given.update(options, module=module))
+    monkeypatch.setattr(parallelize, "resolve_fsdp_mesh", lambda parallel_dims: ("mesh", None))
+    monkeypatch.setattr(parallelize, "disable_fsdp_gradient_division", lambda module: given.update(summed=module))
+    nitp = torch.nn.Module()
+    nitp.projector = torch.nn.Linear(2, 2)
+    nitp.parallelize = lambda parallel_dims: given.update(parallel_dims=parallel_dims)
+    parallelize._parallelize_projector(
+        nitp,
+        types.SimpleNamespace(pp_enabled=True),
+        TrainingConfig(enable_cpu_offload=offload, mixed_precision_param="bfloat16", mixed_precision_reduce="float32"),
+        ParallelismConfig(),
+        CompileConfig(enable=False),
+    )
+    assert given["module"] is nitp.projector and given["summed"] is nitp and given["mesh"] == "mesh"
+    assert given["mp_policy"].param_dtype == torch.bfloat16 and given["mp_policy"].reduce_dtype == torch.float32
+    # As TorchTitan does for the rest under pipelining: gathered once for all micro-batches.
+    assert given["reshard_after_forward"] is False
+    assert isinstance(given.get("offload_policy"), CPUOffloadPolicy) is offload

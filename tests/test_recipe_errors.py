@@ -150,10 +150,6 @@ TRAIN_CONFIG_MISTAKES = {
         "[parallelism]\ncontext_parallel_degree = 2\ncontext_parallel_load_balancer = 'ptrr'",
         r"'ptrr' reorders tokens",
     ),
-    "schedule": (
-        "[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_schedule = 'ZBVZeroBubble'",
-        r"ZBVZeroBubble': TorchTitan 0.3.0 loses",
-    ),
 }
 
 

@@ -39,6 +39,8 @@ def _break(control: str | None) -> None:
         nitp.ImplicitTarget._following = _shard_local_shift
     elif control == "no divide factor":
         parallelize.disable_fsdp_gradient_division = lambda module: None
+    elif control == "resharded":
+        trainer._SPLIT_BACKWARD = ()
     elif control == "no check":
         trainer.check_layout = lambda config, world_size: None
     else:

@@ -1,4 +1,4 @@
-"""The comparison fails for what is wrong: mistakes made on purpose, and what is refused because TorchTitan has it wrong."""
+"""The comparison fails for mistakes made on purpose, and for what is refused because TorchTitan has it wrong."""
 
 import pytest
 from helpers import make_config
@@ -24,6 +24,14 @@ def test_a_projector_gradient_that_is_averaged_and_not_summed_is_found(differenc
     one, halved = (figures[name]["norms"][0] for name in (LAYOUTS[layout].reference, layout))
     assert halved["projector"] == pytest.approx(one["projector"] / 2, rel=1e-6)
     assert halved["rest"] == pytest.approx(one["rest"], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", _controlled("resharded"))
+def test_with_the_final_norm_resharded_a_zero_bubble_schedule_loses_its_gradient(differences, figures, layout):
+    """TorchTitan's own chunked loss; when this fails, `ChunkedLoss.Config.keep_unsharded` can go."""
+    found = differences(layout)
+    assert any("gradient of rest" in difference for difference in found)
+    assert not any("step 1 gradient of projector" in difference for difference in found)
 
 
 @pytest.mark.parametrize("layout", _controlled("no check"))

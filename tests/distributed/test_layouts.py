@@ -54,7 +54,7 @@ def test_without_a_valid_position_the_nitp_loss_is_zero_and_nothing_of_it_is_tra
 @pytest.mark.parametrize("model", ["dense", "moe"])
 @pytest.mark.layouts("dense/float8", "dense/float8 but the projector", "moe/float8", "moe/float8 but the projector")
 def test_float8_converts_the_linears_that_are_not_filtered(figures, model):
-    """The projector is converted unless `filter_fqns` names it; lm_head is filtered by default; experts are no linears."""
+    """The projector is converted unless `filter_fqns` names it; lm_head is filtered by default."""
     every, but_projector = (figures[f"{model}/{name}"]["linears"] for name in ("float8", "float8 but the projector"))
     projector = {f"nitp.projector.{name}" for name in ("w1", "w2", "w3")}
     assert _converted(every) == set(every) - {"lm_head"} >= projector

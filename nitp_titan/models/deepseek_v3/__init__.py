@@ -3,11 +3,11 @@
 import dataclasses
 
 from torchtitan.models import deepseek_v3
-from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common import ComplexRoPE
 from torchtitan.models.deepseek_v3 import _build_dsv3_layers, DeepSeekV3Model
 from torchtitan.protocols.model_spec import ModelSpec
 
-_DIM, _VOCABULARY = 96, 4096
+from nitp_titan.models.debug import debug_decoder, DIM
 
 
 def _debug(attn_backend: str, moe_comm_backend: str) -> DeepSeekV3Model.Config:
@@ -16,7 +16,7 @@ def _debug(attn_backend: str, moe_comm_backend: str) -> DeepSeekV3Model.Config:
     layers = _build_dsv3_layers(
         n_layers=4,
         n_dense_layers=1,
-        dim=_DIM,
+        dim=DIM,
         n_heads=4,
         q_lora_rank=48,
         kv_lora_rank=48,
@@ -38,16 +38,7 @@ def _debug(attn_backend: str, moe_comm_backend: str) -> DeepSeekV3Model.Config:
         non_blocking_capacity_factor=None,
         rope=ComplexRoPE.Config(dim=rope_dim, max_seq_len=4096, theta=10000.0),
     )
-    head = deepseek_v3._output_linear_init(_DIM)
-    embedding = deepseek_v3._EMBEDDING_INIT
-    return DeepSeekV3Model.Config(
-        dim=_DIM,
-        vocab_size=_VOCABULARY,
-        tok_embeddings=Embedding.Config(num_embeddings=_VOCABULARY, embedding_dim=_DIM, param_init=embedding),
-        norm=RMSNorm.Config(normalized_shape=_DIM, param_init=deepseek_v3._NORM_INIT),
-        lm_head=Linear.Config(in_features=_DIM, out_features=_VOCABULARY, param_init=head),
-        layers=layers,
-    )
+    return debug_decoder(deepseek_v3.deepseekv3_configs["debugmodel"](attn_backend, moe_comm_backend), layers)
 
 
 FLAVORS = {**deepseek_v3.deepseekv3_configs, "debug": _debug}

@@ -3,16 +3,16 @@
 import dataclasses
 
 from torchtitan.models import gpt_oss
-from torchtitan.models.common import CosSinRoPE, Embedding, Linear, RMSNorm
-from torchtitan.models.gpt_oss import _build_gptoss_layers, GptOssModel
+from torchtitan.models.common import CosSinRoPE
+from torchtitan.models.gpt_oss import _build_gptoss_layers, _make_gptoss_attn_config, GptOssModel
 from torchtitan.protocols.model_spec import ModelSpec
 
-_DIM, _VOCABULARY = 96, 4096
+from nitp_titan.models.debug import debug_decoder, DIM
 
 
 def _debug(moe_comm_backend: str, attn_backend: str) -> GptOssModel.Config:
     layers = _build_gptoss_layers(
-        dim=_DIM,
+        dim=DIM,
         n_layers=4,
         hidden_dim=48,
         num_experts=16,
@@ -24,8 +24,8 @@ def _debug(moe_comm_backend: str, attn_backend: str) -> GptOssModel.Config:
     )
     for layer_id, layer in enumerate(layers):
         # The builder's heads are those of the 20B and 120B models: 64 of 64 dimensions.
-        layer.attention = gpt_oss._make_gptoss_attn_config(
-            dim=_DIM,
+        layer.attention = _make_gptoss_attn_config(
+            dim=DIM,
             layer_id=layer_id,
             attn_backend=attn_backend,
             n_heads=4,
@@ -34,15 +34,7 @@ def _debug(moe_comm_backend: str, attn_backend: str) -> GptOssModel.Config:
             sliding_window_size=layer.attention.sliding_window_size,
             rope=layer.attention.rope,
         )
-    head, embedding = gpt_oss._output_linear_init(_DIM), gpt_oss._EMBEDDING_INIT
-    return GptOssModel.Config(
-        dim=_DIM,
-        vocab_size=_VOCABULARY,
-        tok_embeddings=Embedding.Config(num_embeddings=_VOCABULARY, embedding_dim=_DIM, param_init=embedding),
-        norm=RMSNorm.Config(normalized_shape=_DIM, param_init=gpt_oss._NORM_INIT),
-        lm_head=Linear.Config(in_features=_DIM, out_features=_VOCABULARY, param_init=head),
-        layers=layers,
-    )
+    return debug_decoder(gpt_oss.gptoss_configs["debugmodel"](moe_comm_backend, attn_backend), layers)
 
 
 FLAVORS = {**gpt_oss.gptoss_configs, "debug": _debug}

@@ -4,25 +4,13 @@ import dataclasses
 import inspect
 
 from torchtitan.models import qwen3
-from torchtitan.models.common import CosSinRoPE, Embedding, Linear
+from torchtitan.models.common import CosSinRoPE
 from torchtitan.models.qwen3 import _build_qwen3_layers, _build_qwen3_moe_layers, Qwen3Model
 from torchtitan.protocols.model_spec import ModelSpec
 
-_DIM, _VOCABULARY = 96, 4096
-_SHAPE = dict(dim=_DIM, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=24)
+from nitp_titan.models.debug import debug_decoder, DIM
 
-
-def _decoder(layers: list, *, tied: bool) -> Qwen3Model.Config:
-    embedding = qwen3._EMBEDDING_SKIP_INIT if tied else qwen3._EMBEDDING_INIT
-    return Qwen3Model.Config(
-        dim=_DIM,
-        vocab_size=_VOCABULARY,
-        enable_weight_tying=tied,
-        tok_embeddings=Embedding.Config(num_embeddings=_VOCABULARY, embedding_dim=_DIM, param_init=embedding),
-        norm=qwen3._qwen3_norm(_DIM),
-        lm_head=Linear.Config(in_features=_DIM, out_features=_VOCABULARY, param_init=qwen3._LINEAR_INIT),
-        layers=layers,
-    )
+_SHAPE = dict(dim=DIM, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=24)
 
 
 def _rope() -> CosSinRoPE.Config:
@@ -30,9 +18,9 @@ def _rope() -> CosSinRoPE.Config:
 
 
 def _debug(attn_backend: str) -> Qwen3Model.Config:
-    """Tied like Qwen3's small models."""
+    """Tied, like Qwen3's small models."""
     layers = _build_qwen3_layers(**_SHAPE, hidden_dim=256, attn_backend=attn_backend, rope=_rope())
-    return _decoder(layers, tied=True)
+    return debug_decoder(qwen3.qwen3_configs["debugmodel"](attn_backend), layers)
 
 
 def _debug_moe(attn_backend: str, moe_comm_backend: str = "standard") -> Qwen3Model.Config:
@@ -45,7 +33,7 @@ def _debug_moe(attn_backend: str, moe_comm_backend: str = "standard") -> Qwen3Mo
         moe_comm_backend=moe_comm_backend,
         rope=_rope(),
     )
-    return _decoder(layers, tied=False)
+    return debug_decoder(qwen3.qwen3_configs["debugmodel_moe"](attn_backend), layers)
 
 
 FLAVORS = {**qwen3.qwen3_configs, "debug": _debug, "debug_moe": _debug_moe}
