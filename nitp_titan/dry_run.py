@@ -138,6 +138,7 @@ def _figures(job: Job) -> dict[str, Any]:
 def counts_of(recipe_path: Path, train_config: Path) -> Counts:
     """Counts of a recipe's model, built on the meta device; no fake world is needed."""
     cpu.install()
+    logger.setLevel(logging.ERROR)
     config = recipe.load(recipe_path, train_config)
     with torch.device("meta"):
         return count_model(_spec(config).model.build(), config.training.seq_len)

@@ -50,17 +50,17 @@ def _nitp_decoder(base: type, spec: ModelSpec) -> type:
     """
     if getattr(spec.model, "mtp_layers", None):
         raise UserError(
-            f"[nitp] {spec.name} {spec.flavor} has multi-token prediction layers, whose loss (MTPLoss) TorchTitan 0.3.0 "
-            "neither chunks nor combines with another; train it with num_mtp_layers = 0."
+            f"[nitp] {spec.name} {spec.flavor} has multi-token prediction layers, whose loss (MTPLoss) TorchTitan "
+            "0.3.0 neither chunks nor combines with another; train it with num_mtp_layers = 0."
         )
     owner = next(cls for cls in base.__mro__ if "forward" in vars(cls))
     if owner in (Decoder, MTPDecoder):
         return NITPDecoder
     if "nitp_decoder" not in vars(owner):
         raise UserError(
-            f"[nitp] {owner.__module__}.{owner.__name__} overrides Decoder.forward, in which NITP captures the implicit "
-            "token. Implement a subclass of nitp_titan.nitp.NITPDecoder with that forward and the capture, and name it "
-            f"as {owner.__name__}.nitp_decoder."
+            f"[nitp] {owner.__module__}.{owner.__name__} overrides Decoder.forward, in which NITP captures the "
+            "implicit token. Implement a subclass of nitp_titan.nitp.NITPDecoder with that forward and the capture, "
+            f"and name it as {owner.__name__}.nitp_decoder."
         )
     return vars(owner)["nitp_decoder"]
 

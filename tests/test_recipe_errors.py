@@ -31,7 +31,7 @@ RECIPE_MISTAKES = {
     "unknown choice": (
         "weight = 1.0",
         'weight = 1.0\nloss = "cosinus"',
-        r"loss = 'cosinus', but it must be one of 'cosine', .* Did you mean 'cosine'",
+        r"loss = 'cosinus', but it must be one of cosine, .* Did you mean 'cosine'",
     ),
     "choice of a wrong type": (
         "weight = 1.0",
@@ -86,7 +86,7 @@ RECIPE_MISTAKES = {
     "unknown family": (
         '"llama3"',
         '"lama3"',
-        r"recipe.toml: \[model\] family = 'lama3' is not registered. Did you mean 'llama3'",
+        r"recipe.toml: \[model\] family = 'lama3' is neither registered nor .* Did you mean 'llama3'",
     ),
     "unknown flavor": (
         '"debug"',

@@ -197,7 +197,7 @@ REFUSED = {
         "dense/ntp_3b",
         8,
         'tensor_parallel_degree = 1\n[model]\nmoe_comm_backend = "deepep"',
-        "llama3 has no experts",
+        "llama3 3B has no experts",
     ),
 }
 
