@@ -8,6 +8,8 @@ from nitp_titan.config import UserError
 
 # FlexAttention's mask works on blocks of so many positions.
 _MASK_BLOCK = 128
+# Pipeline schedules whose first and last stage are on one rank.
+_V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 
 
 def check_layout(config, world_size: int) -> None:
@@ -128,6 +130,13 @@ def _check_stages(config) -> None:
             "local_batch_size",
             f"{size} in microbatches of {microbatch} is too few for the {stages} stages of schedule 1F1B; choose "
             f"{stages * microbatch} or more.",
+        )
+    if config.validator.enable and parallelism.pipeline_parallel_schedule in _V_SHAPED:
+        _refuse(
+            "validator",
+            "enable",
+            f"true, but torch 2.14 runs schedule {parallelism.pipeline_parallel_schedule} with a backward pass only; "
+            "choose InterleavedZeroBubble, or enable = false.",
         )
     if model.enable_weight_tying:
         _refuse(

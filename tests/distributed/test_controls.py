@@ -34,6 +34,17 @@ def test_with_the_final_norm_resharded_a_zero_bubble_schedule_loses_its_gradient
     assert not any("step 1 gradient of projector" in difference for difference in found)
 
 
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "DualPipeV", "InterleavedZeroBubble"])
+def test_validation_is_refused_with_schedules_that_always_run_a_backward_pass(tmp_path, schedule):
+    sections = LAYOUTS["dense/PP 2 ZBVZeroBubble"].sections
+    parallelism = {**sections["parallelism"], "pipeline_parallel_schedule": schedule}
+    config = make_config(tmp_path, **{**sections, "parallelism": parallelism, "validator": {"enable": True}})
+    if schedule == "InterleavedZeroBubble":
+        return check_layout(config, 2)
+    with pytest.raises(UserError, match=rf"\[validator\] enable = true, but torch 2.14 runs schedule {schedule}"):
+        check_layout(config, 2)
+
+
 @pytest.mark.parametrize("layout", _controlled("no check"))
 def test_what_is_refused_as_wrong_upstream_still_is(differences, layout, tmp_path):
     """When this fails, TorchTitan has mended it: take the refusal out of `layout.check_layout`."""
