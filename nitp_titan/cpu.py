@@ -187,7 +187,7 @@ class DenseFlexAttention(FlexAttention):
 
 
 def _attention_with_lse(q, k, v, mask, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention [batch, heads, queries, dim] and its log-sum-exp [batch, heads, queries], which SDPA keeps."""
+    """Attention [batch, heads, queries, dim] and, what SDPA does not return, its log-sum-exp."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~mask, float("-inf"))

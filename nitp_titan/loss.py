@@ -30,9 +30,12 @@ def find_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         return LOSSES[name]
     module, _, function = name.partition(":")
     try:
-        return getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"[nitp] loss = '{name}' cannot be imported: {error}.", table="nitp", key="loss") from None
+    if not callable(found):
+        raise UserError(f"[nitp] loss = '{name}' is no function.", table="nitp", key="loss")
+    return found
 
 
 class ChunkedLoss(ChunkedLossWrapper):

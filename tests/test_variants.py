@@ -130,6 +130,8 @@ def test_a_family_that_cannot_be_had_is_one_line(name, message):
             "Did you mean 'cosine'?",
         ),
         ("no_such_package:loss", "[nitp] loss = 'no_such_package:loss' cannot be imported: No module named"),
+        (":loss", "[nitp] loss = ':loss' cannot be imported: Empty module name"),
+        ("json:__name__", "[nitp] loss = 'json:__name__' is no function"),
         ("json:loss", "[nitp] loss = 'json:loss' cannot be imported: module 'json' has no attribute 'loss'"),
     ],
 )
