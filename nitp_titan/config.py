@@ -154,6 +154,36 @@ class NITPConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class GeometryConfig:
+    """Geometry of the hidden states during training: effective rank and cosine similarity (Section 5, App. D)."""
+
+    enable: bool = False
+    """Measure the last hidden state and, with NITP, the implicit target and the projector's output."""
+
+    interval: int = 100
+    """Steps between measurements; the first step is measured too."""
+
+    layers: bool = False
+    """Measure the embedding's and every layer's output as well; each needs dim^2 numbers more."""
+
+    num_pairs: int = 1024
+    """Token pairs sampled for the cosine similarity of App. D; the closed form over all pairs needs none."""
+
+    probe_batches: int = 1
+    """Validation batches measured at every validation, the same each time and in every arm; 0 measures none."""
+
+    seed: int = 0
+    """Seed of the sampled pairs."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("interval", 1), ("num_pairs", 1), ("probe_batches", 0), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(
+                    f"[geometry] {name} = {value!r}, but it must be at least {least}.", table="geometry", key=name
+                )
+
+
+@dataclass(kw_only=True, slots=True)
 class Float8Config:
     """Float8 training of the linear layers through torchao (TorchTitan's Float8LinearConverter)."""
 

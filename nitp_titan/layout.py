@@ -17,6 +17,7 @@ def check_layout(config, world_size: int) -> None:
     _check_ranks(config.parallelism, world_size)
     _check_batch(config, world_size)
     _check_sequence(config)
+    _check_geometry(config)
     _check_attention_heads(config)
     _check_experts(config, world_size)
     _check_stages(config)
@@ -83,6 +84,17 @@ def _check_sequence(config) -> None:
     for table, chunks in (("loss", config.loss.num_chunks), ("nitp", config.nitp.num_chunks)):
         if (table == "loss" or config.nitp.enabled) and seq_len % (chunks * cp):
             _refuse(table, "num_chunks", f"{chunks} does not divide a rank's {seq_len} / {cp} positions.")
+
+
+def _check_geometry(config) -> None:
+    parallelism = config.parallelism
+    ptrr = parallelism.context_parallel_load_balancer == "ptrr" and parallelism.context_parallel_degree > 1
+    if config.geometry.enable and ptrr:
+        _refuse(
+            "parallelism",
+            "context_parallel_load_balancer",
+            "'ptrr' reorders tokens by their mask, so [geometry] cannot tell them apart; take 'headtail' or 'none'.",
+        )
 
 
 def _check_attention_heads(config) -> None:

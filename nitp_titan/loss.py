@@ -16,6 +16,7 @@ from torchtitan.components.loss import ChunkedLossWrapper, GradAccumulator, IGNO
 from torchtitan.config import CompileConfig
 
 from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.meter import GeometryMeter, HIDDEN, PROJECTED
 from nitp_titan.nitp import context_parallel_group, local
 from nitp_titan.objective import cosine_regularizer_terms, direction_sums, LOSSES, nitp_loss_sum
 
@@ -39,7 +40,13 @@ def find_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class ChunkedLoss(ChunkedLossWrapper):
-    """TorchTitan's chunked cross-entropy, right under schedules that split the backward pass too."""
+    """TorchTitan's chunked cross-entropy, right under schedules that split the backward pass too.
+
+    It shows the hidden states to the geometry meter.
+    """
+
+    meter: GeometryMeter | None = None
+    """Set by the trainer where geometry is measured."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ChunkedLossWrapper.Config):
@@ -58,6 +65,8 @@ class ChunkedLoss(ChunkedLossWrapper):
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `ChunkedLossWrapper.__call__`."""
+        if self.meter is not None:
+            self.meter.see(HIDDEN, pred[0] if isinstance(pred, tuple) else pred, labels)
         loss, metrics = self.compute(pred, labels, global_valid_tokens, **loss_inputs)
         # After every backward pass inside the loss: each of them reshards all that it finds gathered.
         if self.keep_unsharded and loss.requires_grad and isinstance(self.lm_head, FSDPModule):
@@ -133,6 +142,7 @@ class NITPLoss(ChunkedLoss):
         h_BLD, *target = pred if isinstance(pred, tuple) else (pred,)
         ntp, metrics = super().compute(h_BLD, labels, global_valid_tokens, **loss_inputs)
         if not h_BLD.requires_grad:
+            self._show_projection(h_BLD, labels)
             return ntp, metrics
         with spmd.local(), spmd.no_typecheck():
             labelled_BL = local(labels) != IGNORE_INDEX
@@ -140,18 +150,45 @@ class NITPLoss(ChunkedLoss):
                 total, value = self._regularizer(h_BLD, labelled_BL)
             else:
                 target_BLD, valid_BL = target
-                total, value = self._nitp(h_BLD, target_BLD, valid_BL & labelled_BL)
+                total, value = self._nitp(h_BLD, target_BLD, valid_BL & labelled_BL, labels)
             newest = torch.stack([local(ntp).detach().float(), value])
             self.parts.copy_(torch.cat([newest[None], self.parts[:-1]]))
             return ntp + _placed_as(ntp, total), metrics
 
-    def _nitp(self, h_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def _nitp(
+        self, h_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        show = self._projection_shower(labels)
+
         def term(h: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-            loss = self.fn(self._projected(h, h_BLD), target, valid, self.distance)
+            prediction = self._projected(h, h_BLD)
+            show(prediction)
+            loss = self.fn(prediction, target, valid, self.distance)
             return loss, loss.detach()
 
         with _unsharded_projector(self.projector) as before_last_backward:
             return self._chunked(term, (local(h_BLD), target_BLD), (valid_BL,), before_last_backward)
+
+    def _projection_shower(self, labels: Tensor) -> Callable[[Tensor], None]:
+        """Shows the meter the projections of a micro-batch, chunk after chunk."""
+        shown = 0
+
+        def show(prediction: Tensor) -> None:
+            nonlocal shown
+            if self.meter is not None:
+                self.meter.see(PROJECTED, prediction, labels, start=shown)
+            shown += prediction.shape[1]
+
+        return show
+
+    def _show_projection(self, h_BLD: Tensor, labels: Tensor) -> None:
+        """Project hidden states of a validation for the meter alone."""
+        if self.meter is None or not self.meter.active or self.settings.objective != "nitp":
+            return
+        show = self._projection_shower(labels)
+        with spmd.local(), spmd.no_typecheck(), _unsharded_projector(self.projector):
+            for chunk in local(h_BLD).chunk(self.settings.num_chunks, dim=1):
+                show(self._projected(chunk.contiguous(), h_BLD))
 
     def _projected(self, chunk: Tensor, h_BLD: Tensor) -> Tensor:
         return local(self.projector(_placed_as(h_BLD, chunk)))

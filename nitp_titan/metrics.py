@@ -1,6 +1,7 @@
-"""Training metrics: NTP and NITP losses beside TorchTitan's own, to the console, files and trackers."""
+"""Training metrics: NTP and NITP losses and geometry beside TorchTitan's own, to the console, files and trackers."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchtitan.components.metrics import _get_metrics_rank, BaseLogger, LoggerContainer, MetricsProcessor
+from torchtitan.components.metrics import (
+    _get_metrics_rank,
+    BaseLogger,
+    LoggerContainer,
+    MetricsProcessor,
+    TensorBoardLogger,
+)
 from torchtitan.tools.logging import logger
 
+from nitp_titan.meter import GeometryMeter, HIDDEN
 from nitp_titan.metrics_file import MetricsFile
 
 # Our name in metrics.jsonl <- TorchTitan's key.
@@ -26,8 +34,20 @@ _RECORD = {
     "tokens_per_second": "throughput(tokens_per_second)",
     "seconds_per_step": "time_metrics/seconds_per_step",
     "memory_gib": "memory/max_reserved(GiB)",
+    "effective_rank": f"geometry/{HIDDEN}/effective_rank",
+    "cosine": f"geometry/{HIDDEN}/cosine",
 }
 _VALIDATION = {"ntp_loss": "validation_metrics/loss"}
+
+# The paper's Figure 1 and Figure 5 as one page of TensorBoard's custom scalars.
+_TENSORBOARD_LAYOUT = {
+    "NITP": {
+        "Figure 1: effective rank": ["Multiline", [_RECORD["effective_rank"]]],
+        "Figure 1: average cosine similarity": ["Multiline", [f"geometry/{HIDDEN}/cosine_sampled", _RECORD["cosine"]]],
+        "Figure 5: NITP loss": ["Multiline", [_RECORD["nitp_loss"]]],
+        "NTP loss": ["Multiline", [_RECORD["ntp_loss"], _VALIDATION["ntp_loss"]]],
+    }
+}
 
 
 class NITPMetrics(MetricsProcessor):
@@ -35,26 +55,41 @@ class NITPMetrics(MetricsProcessor):
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
-        pass
+        run_name: str | None = None
+        """Name of the run in Weights & Biases; by default the recipe's. The variable WANDB_RUN_NAME goes first."""
+
+        run_group: str | None = None
+        """Group of runs to compare there; by default model family and flavor. WANDB_RUN_GROUP goes first."""
 
     def __init__(self, config: Config, *, dump_folder: str, parallel_dims, **kwargs):
+        for variable, value in (("WANDB_RUN_NAME", config.run_name), ("WANDB_RUN_GROUP", config.run_group)):
+            if config.enable_wandb and value is not None:
+                # The only way to TorchTitan's logger.
+                os.environ.setdefault(variable, value)
         if kwargs.get("pp_schedule") == "DualPipeV":
             # Its last stage is on rank 0 too, which TorchTitan knows of the other V-shaped schedule only.
             kwargs["pp_schedule"] = "ZBVZeroBubble"
         super().__init__(config, dump_folder=dump_folder, parallel_dims=parallel_dims, **kwargs)
         self.loss_parts: Callable[[], Tensor] | None = None
+        self.meter: GeometryMeter | None = None
         self.files: list[MetricsFile] = []
         self.console: ConsoleLogger | None = None
-        metrics_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=kwargs.get("pp_schedule", "1F1B"))
-        if torch.distributed.get_rank() == metrics_rank:
+        self.rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=kwargs.get("pp_schedule", "1F1B"))
+        """The one that writes."""
+        if torch.distributed.get_rank() == self.rank:
             self._add_local_loggers(Path(dump_folder), num_steps=kwargs["config_dict"]["training"]["steps"])
 
     def _add_local_loggers(self, folder: Path, num_steps: int) -> None:
-        self.files = [MetricsFile(folder / "metrics.jsonl"), MetricsFile(folder / "validation.jsonl")]
-        training, validation = (RecordLogger(*pair) for pair in zip(self.files, (_RECORD, _VALIDATION)))
+        names = ("metrics", "validation", "geometry", "probe")
+        self.files = [MetricsFile(folder / f"{name}.jsonl") for name in names]
+        *files, self.geometry_file, self.probe_file = self.files
+        training, validation = (RecordLogger(*pair) for pair in zip(files, (_RECORD, _VALIDATION)))
         container = LoggerContainer()
         if isinstance(self.logger, LoggerContainer):
             container.add_logger(self.logger)
+            for tracker in self.logger._loggers:
+                if isinstance(tracker, TensorBoardLogger):
+                    tracker.writer.add_custom_scalars(_TENSORBOARD_LAYOUT)
         self.console = ConsoleLogger(num_steps)
         for local_logger in (training, validation, self.console):
             container.add_logger(local_logger)
@@ -64,6 +99,18 @@ class NITPMetrics(MetricsProcessor):
         """Continue the metrics files after ``step``, the step that a checkpoint restored."""
         for file in self.files:
             file.resume(step)
+
+    def should_log(self, step: int) -> bool:
+        """Steps of `[metrics] log_freq`, and those whose geometry is measured."""
+        return super().should_log(step) or (self.meter is not None and self.meter.due(step))
+
+    def log_probe(self, step: int, figures: dict[str, dict[str, Any]]) -> None:
+        """Log the geometry of the fixed validation batches, measured at a step."""
+        if self.console is not None and figures:
+            self.probe_file.append({"step": step, **figures})
+            self.logger.log(_scalars("probe", figures), step)
+            shown = f"effective_rank {figures[HIDDEN]['effective_rank']:.2f}  cosine {figures[HIDDEN]['cosine']:.4f}"
+            logger.info(f"probe step {step}  {shown}")
 
     def log(
         self,
@@ -80,6 +127,11 @@ class NITPMetrics(MetricsProcessor):
             # The one host synchronisation of the NITP metrics, on logged steps only.
             ntp, nitp = self.loss_parts().tolist()
             extra["loss_metrics/ntp_loss"], extra["loss_metrics/nitp_loss"] = ntp, nitp
+        if self.meter is not None and self.meter.active:
+            figures = self.meter.finish(self.rank)
+            if figures:
+                self.geometry_file.append({"step": step, **figures})
+                extra |= _scalars("geometry", figures)
         learning_rates = [value for key, value in extra.items() if key.startswith("lr/")]
         if learning_rates:
             extra["lr"] = learning_rates[0]
@@ -94,6 +146,16 @@ class NITPMetrics(MetricsProcessor):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=extra)
         if self.console is not None:
             logger.info(self.console.line)
+
+
+def _scalars(group: str, figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Figures by state as tags of trackers, without the spectra."""
+    return {
+        f"{group}/{state}/{name}": value
+        for state, values in figures.items()
+        for name, value in values.items()
+        if name != "spectrum"
+    }
 
 
 @contextmanager
@@ -138,12 +200,14 @@ class ConsoleLogger(BaseLogger):
         if "loss_metrics/ntp_loss" not in metrics:
             return
         nitp = metrics.get("loss_metrics/nitp_loss")
+        rank, cosine = metrics.get(_RECORD["effective_rank"]), metrics.get(_RECORD["cosine"])
         seconds_left = (self.num_steps - step) * metrics["time_metrics/seconds_per_step"]
         parts = [
             f"step {step}/{self.num_steps}",
             f"loss {metrics['loss_metrics/global_avg_loss']:.4f}",
             f"ntp {metrics['loss_metrics/ntp_loss']:.4f}",
             f"nitp {nitp:.4f}" if nitp is not None else "",
+            f"erank {rank:.2f}  cos {cosine:.4f}" if rank is not None else "",
             f"grad_norm {metrics['grad_norm']:.3f}",
             f"lr {metrics.get('lr', float('nan')):.2e}",
             f"tokens {int(metrics['n_tokens_seen']):,}",

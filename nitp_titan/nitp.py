@@ -5,6 +5,7 @@ Suffixes: B batch, L (local) length, D model dim.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import spmd_types as spmd
 import torch
@@ -27,6 +28,9 @@ from torchtitan.protocols.sharding import ShardingConfig
 
 from nitp_titan.config import NITPConfig
 from nitp_titan.objective import next_implicit_tokens
+
+if TYPE_CHECKING:
+    from nitp_titan.meter import GeometryMeter
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -134,10 +138,13 @@ class NITP(Module):
 
 
 def nitp_module_config(dim: int, settings: NITPConfig) -> NITP.Config:
-    """Config of the NITP module for a decoder of model dimension ``dim`` (App. G.2: 12 d^2 parameters)."""
-    regularizer = settings.objective == "cosine_regularizer"
+    """Config of the NITP module for a decoder of model dimension ``dim`` (App. G.2: 12 d^2 parameters).
+
+    Without a target, for the cosine regulariser or weight 0, the module has no parameters.
+    """
+    no_target = settings.objective == "cosine_regularizer" or not settings.enabled
     projector: FeedForward.Config | NoProjector.Config = NoProjector.Config()
-    if settings.projector == "swiglu" and not regularizer:
+    if settings.projector == "swiglu" and not no_target:
         hidden = round(settings.projector_width * dim)
         # The paper gives no initialisation; TorchTitan's for the family's own linears.
         init = {"weight": partial(nn.init.trunc_normal_, std=0.02)}
@@ -145,7 +152,7 @@ def nitp_module_config(dim: int, settings: NITPConfig) -> NITP.Config:
         down = Linear.Config(in_features=hidden, out_features=dim, param_init=init)
         projector = FeedForward.Config(w1=gate, w2=down, w3=up)
     return NITP.Config(
-        target_layer=None if regularizer else settings.target_layer,
+        target_layer=None if no_target else settings.target_layer,
         stop_gradient=settings.stop_gradient,
         projector=projector,
         target=ImplicitTarget.Config(temporal_shift=settings.temporal_shift),
@@ -181,15 +188,21 @@ class NITPDecoder:
     captured state on as its second output.
     """
 
+    meter: "GeometryMeter | None" = None
+    """Shown the output of every layer; set by the trainer where layers are measured."""
+
     def forward(self, tokens, z_BLD=None, positions=None, attention_masks=None):
         # Decoder.forward with the capture; tests/test_nitp.py fails when upstream's changes.
         settings = self.config.nitp
         h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
         if settings.target_layer == 0 and self.tok_embeddings is not None:
             z_BLD = h.detach() if settings.stop_gradient else h
+        if self.tok_embeddings is not None:
+            self.show_layer(0, h, positions)
 
         for name, layer in self.layers.items():
             h = layer(h, attention_masks, positions)
+            self.show_layer(int(name) + 1, h, positions)
             if int(name) + 1 == settings.target_layer:
                 z_BLD = h.detach() if settings.stop_gradient else h
 
@@ -199,6 +212,19 @@ class NITPDecoder:
             return h if z_BLD is None else (h, z_BLD)
         if not self._skip_lm_head:
             return self.lm_head(h)
-        if z_BLD is None or not torch.is_grad_enabled():
+        return self.with_target(h, z_BLD, positions)
+
+    def show_layer(self, number: int, h: Tensor, positions: Tensor) -> None:
+        """Show the geometry meter a layer's output, 1 to the number of layers; 0 is the token embedding."""
+        if self.meter is not None:
+            self.meter.see_layer(number, h, positions)
+
+    def with_target(self, h: Tensor, z_BLD: Tensor | None, positions: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """What the last stage returns: hidden states alone, or in training with targets and their validity."""
+        training, measuring = torch.is_grad_enabled(), self.meter is not None and self.meter.active
+        if z_BLD is None or not (training or measuring):
             return h
-        return (h, *self.nitp.target(z_BLD, positions))
+        target, valid = self.nitp.target(z_BLD, positions)
+        if measuring:
+            self.meter.see_target(target, positions)
+        return (h, target, valid) if training else h

@@ -140,15 +140,23 @@ def read_settings(recipe: Path, train_config: Path | None) -> Settings:
         raise UserError(f"{recipe} needs a train config, for example train_configs/cpu.toml.")
     settings = read_recipe(recipe)
     _read_into(settings, train_config, "train config")
-    _name_run_folder(settings, recipe)
+    _name_run(settings, recipe)
     return settings
 
 
-def _name_run_folder(settings: Settings, recipe: Path) -> None:
-    """Put the recipe's name into ``dump_folder``, so that two arms on one train config do not share a folder."""
+def _name_run(settings: Settings, recipe: Path) -> None:
+    """Put the recipe's name into ``dump_folder``, so that two arms on one train config do not share a folder.
+
+    Weights & Biases gets it too, with the model as the group of runs to compare.
+    """
+    name, model = f"{recipe.resolve().parent.name}/{recipe.stem}", settings.tables["model"]
     folder = settings.tables.get("", {}).get("dump_folder")
     if isinstance(folder, str):
-        settings.tables[""]["dump_folder"] = folder.replace("{recipe}", f"{recipe.resolve().parent.name}/{recipe.stem}")
+        settings.tables[""]["dump_folder"] = folder.replace("{recipe}", name)
+    metrics = settings.tables.setdefault("metrics", {})
+    if isinstance(metrics, dict):
+        metrics.setdefault("run_name", name)
+        metrics.setdefault("run_group", f"{model['family']} {model['flavor']}")
 
 
 def read_recipe(recipe: Path) -> Settings:

@@ -14,13 +14,13 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import default_adamw, OptimizersContainer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.components.validate import Validator
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.config import ModelConfig, nearest, OPTIMIZER_RANGES, UserError
 from nitp_titan.data import TextDataLoader
+from nitp_titan.meter import ProbingValidator
 from nitp_titan.models import build_model_spec
 from nitp_titan.recipe import Settings
 from nitp_titan.trainer import NITPTrainer
@@ -72,7 +72,7 @@ def _defaults(spec: ModelSpec) -> dict[str, Any]:
     chosen = {
         "loss": ChunkedLossWrapper.Config(loss_fn=cross_entropy),
         "dataloader": TextDataLoader.Config(),
-        "validator": Validator.Config(dataloader=TextDataLoader.Config(infinite=False), steps=10),
+        "validator": ProbingValidator.Config(dataloader=TextDataLoader.Config(infinite=False), steps=10),
         "tokenizer": HuggingFaceTokenizer.Config(),
     }
     elsewhere = ("model", "model_spec", *TOP_KEYS)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +19,12 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from nitp_titan import cpu, recipe
-from nitp_titan.config import check_ranges, Float8Config, MachineConfig, ModelConfig, NITPConfig, UserError
+from nitp_titan.config import check_ranges, Float8Config, GeometryConfig, MachineConfig, ModelConfig, NITPConfig, UserError
 from nitp_titan.data import check_sources
 from nitp_titan.layout import check_layout
 from nitp_titan.loss import ChunkedLoss, find_loss, NITPLoss
 from nitp_titan.lr_scheduler import WSDSchedulers
+from nitp_titan.meter import GeometryMeter, measured_states, ProbingValidator
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.objective import trained_positions
 from nitp_titan.variants import with_nitp
@@ -37,9 +39,11 @@ class NITPTrainer(Trainer):
 
         model: Annotated[ModelConfig, tyro.conf.Suppress] = field(default_factory=ModelConfig)
         nitp: NITPConfig = field(default_factory=NITPConfig)
+        geometry: GeometryConfig = field(default_factory=GeometryConfig)
         float8: Float8Config = field(default_factory=Float8Config)
         lr_scheduler: WSDSchedulers.Config = field(default_factory=WSDSchedulers.Config)
         metrics: NITPMetrics.Config = field(default_factory=NITPMetrics.Config)
+        validator: ProbingValidator.Config = field(default_factory=ProbingValidator.Config)
         machine: MachineConfig = field(default_factory=MachineConfig)
 
         def __post_init__(self) -> None:
@@ -49,8 +53,9 @@ class NITPTrainer(Trainer):
                 self.nitp.check_model(len(self.model_spec.model.layers))
             find_loss(self.nitp.loss)
             self.nitp.check_parallelism(self.parallelism)
-            if self.nitp.enabled and not isinstance(self.loss, ChunkedLossWrapper.Config):
-                raise UserError("[nitp] needs TorchTitan's ChunkedLossWrapper as loss.", table="nitp", key="weight")
+            for table, enabled in (("nitp", self.nitp.enabled), ("geometry", self.geometry.enable)):
+                if enabled and not isinstance(self.loss, ChunkedLossWrapper.Config):
+                    raise UserError(f"[{table}] needs TorchTitan's ChunkedLossWrapper as loss.", table=table)
 
     def __init__(self, config: Config):
         check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
@@ -67,6 +72,7 @@ class NITPTrainer(Trainer):
             )
         if config.nitp.enabled:
             self._prepare_nitp()
+        self.meter = self._meter() if config.geometry.enable else None
         if torch.distributed.get_rank() == 0:
             recipe.write_resolved(config, Path(config.dump_folder))
 
@@ -79,18 +85,66 @@ class NITPTrainer(Trainer):
         )
         self.metrics_processor.loss_parts = self._global_loss_parts
 
+    def _meter(self) -> GeometryMeter:
+        config = self.config
+        microbatch_size = config.training.local_batch_size // self.num_pipeline_parallel_microbatches
+        meter = GeometryMeter(
+            config.geometry,
+            config.nitp,
+            states=measured_states(config.geometry, config.nitp, len(self.model_config.layers)),
+            dim=self.model_config.dim,
+            seq_len=config.training.seq_len,
+            batch_size=microbatch_size,
+            parallel_dims=self.parallel_dims,
+            parallelism=config.parallelism,
+            device=self.device,
+        )
+        self.loss_fn.meter = self.metrics_processor.meter = meter
+        for part in self.model_parts:
+            part.meter = meter
+        if config.validator.enable:
+            self.validator.meter = meter
+        return meter
+
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
-        """One optimizer step; counts the global NITP positions before any of them is trained."""
-        nitp = self.config.nitp
-        if not nitp.enabled:
+        """One optimizer step, measured where geometry is due."""
+        if self.config.nitp.enabled:
+            data_iterator = self._counted(data_iterator)
+        if self.meter is None or not self.meter.due(self.step):
             return super().train_step(data_iterator)
+        num_microbatches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+        self.meter.measure(num_microbatches, seed=self.config.geometry.seed + self.step)
+        with self._without_cuda_graph():
+            super().train_step(data_iterator)
+
+    @contextmanager
+    def _without_cuda_graph(self) -> Iterator[None]:
+        """A graph replays the steps that measure nothing; the same kernels measure outside of it."""
+        replayed, self.fwd_bwd_fn = self.fwd_bwd_fn, self._forward_backward_body
+        yield
+        self.fwd_bwd_fn = replayed
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """As `Trainer.post_dataloading_process`."""
+        inputs, passed_labels, extra = super().post_dataloading_process(input_dict, labels)
+        if self.meter is not None:
+            self.meter.expect(input_dict["positions"], labels, passed=(extra["positions"], passed_labels))
+        return inputs, passed_labels, extra
+
+    def _counted(
+        self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """The micro-batches of a step, after their NITP positions are counted over all ranks."""
+        nitp = self.config.nitp
         num_microbatches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
         batches = [next(data_iterator) for _ in range(num_microbatches)]
         num_terms = sum(count_terms(inputs, labels, nitp) for inputs, labels in batches).to(self.device)
         if self.parallel_dims.dp_enabled:
             num_terms = dist_utils.dist_sum_tensor(num_terms, self.parallel_dims.get_mesh("batch"))
         self.loss_fn.set_step(weight=nitp.weight if self.step > nitp.start_step else 0.0, num_terms=num_terms)
-        super().train_step(iter(batches))
+        return iter(batches)
 
     def _global_loss_parts(self) -> Tensor:
         parts = self.loss_fn.parts.sum(0)
@@ -127,7 +181,8 @@ def loss_with_nitp(config: NITPTrainer.Config) -> BaseLoss.Config:
     splits = parallelism.pipeline_parallel_degree > 1 and (
         parallelism.pipeline_parallel_schedule in _SPLIT_BACKWARD or bool(parallelism.pipeline_parallel_schedule_csv)
     )
-    if not isinstance(loss, ChunkedLossWrapper.Config) or not (splits or config.nitp.enabled):
+    ours = splits or config.nitp.enabled or config.geometry.enable
+    if not isinstance(loss, ChunkedLossWrapper.Config) or not ours:
         return loss
     chunked = {"num_chunks": loss.num_chunks, "loss_fn": loss.loss_fn, "keep_unsharded": splits}
     return NITPLoss.Config(**chunked, nitp=config.nitp) if config.nitp.enabled else ChunkedLoss.Config(**chunked)
@@ -139,7 +194,7 @@ def model_spec_with_nitp(config: NITPTrainer.Config) -> ModelSpec:
     A copy: TorchTitan fills and converters replace configs in place, and a config may be built again.
     """
     spec = dataclasses.replace(config.model_spec, model=copy.deepcopy(config.model_spec.model))
-    if config.nitp.enabled:
+    if config.nitp.enabled or (config.geometry.enable and config.geometry.layers):
         spec = with_nitp(spec, config.nitp)
     if config.float8.enable:
         converter = Float8LinearConverter.Config(

@@ -19,7 +19,7 @@ def with_nitp(spec: ModelSpec, settings: NITPConfig) -> ModelSpec:
 
     Args:
         spec: any decoder of TorchTitan or built from its `Decoder`; the variant shares its configs.
-        settings: the `[nitp]` table.
+        settings: the `[nitp]` table; with weight 0 the variant only shows its layers to the geometry meter.
 
     Returns:
         A new spec. Quantization converters applied to it reach the projector, whose
