@@ -1,28 +1,43 @@
-"""Compare training runs by their metrics.
+"""Compare training runs: one page, a Markdown report and figures from their run folders.
 
-python scripts/compare.py --run ntp=outputs/a --run nitp=outputs/b --out outputs/report
+python scripts/compare.py outputs/debug/ntp_debug outputs/debug/nitp_debug --out outputs/report
+python scripts/compare.py outputs/study/ntp outputs/study/nitp --out outputs/study/report   # folders of one run per seed
+python scripts/compare.py small=outputs/a large=outputs/b --out outputs/report               # names of your own
+
+Runs that differ in their seed only are one arm; the arm without NITP is the baseline. Runs that are still going are
+compared as far as they are.
 """
 
 import argparse
 from pathlib import Path
 
 from nitp_titan.config import exit_with, UserError
-from nitp_titan.report import read_run, write_report
+from nitp_titan.report.page import markdown_table, Report
+from nitp_titan.report.runs import read_arms
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", action="append", required=True, metavar="NAME=FOLDER", help="an arm; repeat per arm")
-    parser.add_argument("--out", type=Path, required=True, help="folder of report.md and losses.png")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a run folder, or a folder of run folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder of index.html, report.md and the figures")
+    parser.add_argument(
+        "--spectrum-step", type=int, action="append", default=[], help="step whose eigenvalue spectra are drawn; repeat"
+    )
     arguments = parser.parse_args()
+    arms, problems = read_arms(arguments.runs)
+    report = Report(arms, problems, spectrum_steps=arguments.spectrum_step)
     try:
-        named = [run.partition("=") for run in arguments.run]
-        runs = [read_run(name, Path(folder or name)) for name, _, folder in named]
-    except UserError as error:
-        exit_with(error)
-    print(write_report(runs, arguments.out))
-    print(f"\n{arguments.out}/report.md  {arguments.out}/losses.png")
+        report.write(arguments.out)
+    except OSError as error:
+        raise UserError(f"--out {arguments.out} cannot be written: {error.strerror}.") from None
+    print(markdown_table(report) + "\n")
+    for line in [*report.settings.warnings, *problems]:
+        print(f"warning: {line}")
+    print(f"{arguments.out}/index.html  {arguments.out}/report.md")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)

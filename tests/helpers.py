@@ -86,6 +86,7 @@ def make_config(
         "metrics": {"log_freq": 1},
         "checkpoint": {"enable": False},
         "lr_scheduler": {"warmup_steps": 1},
+        "geometry": {"enable": False, "layers": False},
     }
     changes = {"dump_folder": str(folder)}
     if generated_data:

@@ -48,7 +48,8 @@ class Figures:
         errors = sorted(self.folder.glob(f"{name}.*.error"))
         assert not errors, f"{name}: {errors[0].read_text()[-3000:]}"
         figures = json.loads((self.folder / f"{name}.json").read_text())
-        return {**figures, "records": read_records(self.folder / name / "metrics.jsonl")}
+        files = {"records": "metrics.jsonl", "geometry": "geometry.jsonl"}
+        return figures | {key: read_records(self.folder / name / file) for key, file in files.items()}
 
     def _train(self, ranks: int) -> None:
         if ranks in self.trained:
@@ -92,6 +93,15 @@ def differences(figures):
             check(f"step {step} tokens", record["tokens"], expected["tokens"])
             for key in sorted({"ntp_loss", "nitp_loss"} & {*record, *expected}):
                 check(f"step {step} {key}", record[key], expected[key], tolerance=loss)
+        assert len(ours["geometry"]) == len(one["geometry"]) == 2
+        for geometry, expected in zip(ours["geometry"], one["geometry"]):
+            step = geometry.pop("step")
+            assert list(geometry) == [state for state in expected if state != "step"]
+            for state, figures_of_state in geometry.items():
+                for figure, value in figures_of_state.items():
+                    if figure != "spectrum":
+                        close = {"rel": max(1e-5, 10 * gradient), "tolerance": max(1e-6, gradient)}
+                        check(f"step {step} {figure} of {state}", value, expected[state][figure], **close)
         check("weights", ours["weights"], one["weights"], rel=0.1 * gradient)
         return found
 

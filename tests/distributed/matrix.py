@@ -20,6 +20,7 @@ MODELS = {
 FAMILIES = [model for model in MODELS if model not in ("dense", "tied", "moe")]
 # Weight 20 makes NITP's gradient the larger part; a wrong one could not hide.
 _NITP = {"weight": 20.0, "target_layer": 2}
+_GEOMETRY = {"enable": True, "interval": 1, "num_pairs": 64}
 _TRAINING = {"steps": 2, "global_batch_size": 4, "local_batch_size": 4, "seq_len": 256}
 _DEGREES = {
     "tp": "tensor_parallel_degree",
@@ -88,11 +89,14 @@ def _add(
     """Register a layout: sections of a config, or degrees by the short names of `_DEGREES`."""
     model, _, what = name.partition("/")
     parallelism = {_DEGREES[key]: settings.pop(key) for key in list(settings) if key in _DEGREES}
+    nitp = {**_NITP, **settings.pop("nitp", {})}
     sections = {
         "model": MODELS[model],
-        "nitp": {**_NITP, **settings.pop("nitp", {})},
+        "nitp": nitp,
         "training": {**_TRAINING, "local_batch_size": batch, **settings.pop("training", {})},
         "parallelism": parallelism,
+        # With NTP alone the layers are not measured, so that the model is TorchTitan's own.
+        "geometry": {**_GEOMETRY, "layers": nitp["weight"] > 0},
         **settings,
     }
     LAYOUTS[name] = Layout(

@@ -1,0 +1,100 @@
+"""Start training runs as processes of their own, and recognise those that are finished. Imports no torch."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+from nitp_titan import recipe
+from nitp_titan.config import UserError
+
+_STAMP = "arm.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run on one rank.
+
+    Args:
+        name: what messages call it.
+        recipe: path of the recipe.
+        train_config: path of the train config.
+        folder: its run folder.
+        flags: changes of single settings.
+        data: whatever else decides the result, such as the corpus' hash.
+    """
+
+    name: str
+    recipe: Path
+    train_config: Path
+    folder: Path
+    flags: list[str] = field(default_factory=list)
+    data: object = None
+
+    def command(self) -> list[str]:
+        paths = (os.path.relpath(path) for path in (self.recipe, self.train_config))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+        arguments = [part for pair in zip(("--recipe", "--train-config"), paths) for part in pair]
+        return [*launcher, "-m", "nitp_titan.train", *arguments, "--dump_folder", str(self.folder), *self.flags]
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the run's result."""
+        settings = recipe.read_settings(self.recipe, self.train_config)
+        return hashlib.sha256(repr((settings.tables, self.flags, self.data)).encode()).hexdigest()
+
+    def finished(self) -> bool:
+        return self._stamp() == {"fingerprint": self.fingerprint(), "finished": True}
+
+    def train(self, say: Callable[[str], None]) -> None:
+        """Train the arm unless it is finished; one that was stopped goes on. Its full log is ``<folder>/log.txt``.
+
+        Args:
+            say: takes a line for every logged step.
+
+        Raises:
+            UserError: if the folder holds something else, or training fails, with the reason.
+        """
+        found, wanted = self._stamp(), self.fingerprint()
+        if found == {"fingerprint": wanted, "finished": True}:
+            return say(f"already trained ({self.folder})")
+        if self.folder.exists() and not found:
+            raise UserError(f"{self.folder} is not the folder of this run; choose another one with --out.")
+        if self.folder.exists() and found["fingerprint"] != wanted:
+            aside = next(path for n in count(1) if not (path := Path(f"{self.folder}.{n}")).exists())
+            say(f"{self.folder} was trained with other settings; it is now {aside}")
+            self.folder.rename(aside)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_stamp(wanted, finished=False)
+        say(" ".join(self.command()))
+        started = time.monotonic()
+        with (self.folder / "log.txt").open("a") as log:
+            process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for line in process.stdout:
+                log.write(line)
+                _, found_step, rest = line.partition(" - step ")
+                if found_step:
+                    say(f"step {rest.rstrip()}")
+        if process.wait() != 0:
+            raise UserError(self._reason())
+        self._write_stamp(wanted, finished=True)
+        say(f"trained in {time.monotonic() - started:.0f} s")
+
+    def _stamp(self) -> dict:
+        stamp = self.folder / _STAMP
+        return json.loads(stamp.read_text()) if stamp.is_file() else {}
+
+    def _write_stamp(self, fingerprint: str, *, finished: bool) -> None:
+        draft = self.folder / (_STAMP + ".tmp")
+        draft.write_text(json.dumps({"fingerprint": fingerprint, "finished": finished}))
+        os.replace(draft, self.folder / _STAMP)
+
+    def _reason(self) -> str:
+        lines = (self.folder / "log.txt").read_text().splitlines()
+        reasons = [line for line in lines if line.startswith("error: ")] or lines[-15:]
+        return "\n".join(reasons) + f"\ntraining of {self.name} failed; the whole log is {self.folder}/log.txt"

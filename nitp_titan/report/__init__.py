@@ -1,0 +1,1 @@
+"""Compare training runs by their run folders: statistics, figures, a page. Imports no torch."""

@@ -1,0 +1,283 @@
+"""The report itself: one HTML page that needs nothing else, and the same as Markdown."""
+
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from nitp_titan.report import figures
+from nitp_titan.report.runs import Arm, common_step, Differences, differences
+from nitp_titan.report.stats import difference, Difference, ENOUGH_PAIRS, Figure, FIGURES, FINAL_SHARE, mean, phases
+
+_NOTE = (
+    f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of what was logged, "
+    "validation and probe figures the last ones, tokens/s the median. Probe figures are of the same validation tokens in "
+    "every arm. Intervals are 95% bootstrap intervals of the mean difference over pairs of the same seed; with three "
+    "pairs such an interval goes from the smallest to the largest difference and says little more."
+)
+
+
+class Report:
+    """A comparison of arms with the first, read once and written as page and Markdown.
+
+    Args:
+        arms: baseline first.
+        problems: what could not be read.
+        spectrum_steps: steps whose spectra are drawn; by default the first, a middle one and the last.
+    """
+
+    def __init__(self, arms: Sequence[Arm], problems: Sequence[str] = (), *, spectrum_steps: Sequence[int] = ()):
+        self.arms, self.problems = list(arms), list(problems)
+        self.step = common_step(arms)
+        self.settings: Differences = differences(arms)
+        self.drawings = figures.drawings(arms, spectrum_steps)
+
+    @property
+    def baseline(self) -> Arm:
+        return self.arms[0]
+
+    def title(self) -> str:
+        others = ", ".join(arm.name for arm in self.arms[1:])
+        return f"{others} against {self.baseline.name}" if others else self.baseline.name
+
+    def values(self, arm: Arm, figure: Figure) -> list[float]:
+        """The final figure of every run of an arm that has it."""
+        return [value for run in arm.runs if (value := figure.of(run, self.step)) is not None]
+
+    def final_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, one per arm, of means over seeds."""
+        shown = [figure for figure in FIGURES if any(self.values(arm, figure) for arm in self.arms)]
+        header = ["arm", "runs", "tokens", *(figure.name for figure in shown), "overhead"]
+        rows = []
+        for arm in self.arms:
+            tokens = [tokens[-1] for run in arm.runs if (tokens := run.series("tokens", until=self.step)[1])]
+            row = [arm.name, str(len(arm.runs)), f"{int(mean(tokens)):,}" if tokens else "-"]
+            rows.append([*row, *(self._cell(arm, figure) for figure in shown), self.overhead(arm)])
+        return header, rows
+
+    def _cell(self, arm: Arm, figure: Figure) -> str:
+        values = self.values(arm, figure)
+        if not values:
+            return "-"
+        spread = (max(values) - min(values)) / 2
+        plus_minus = f" ± {spread:{figure.form}}" if len(values) > 1 else ""
+        return f"{mean(values):{figure.form}}{plus_minus}"
+
+    def overhead(self, arm: Arm) -> str:
+        """Wall-clock time per token over the baseline's."""
+        (speed,) = [figure for figure in FIGURES if figure.name == "tokens/s"]
+        ours, theirs = (self.values(one, speed) for one in (arm, self.baseline))
+        if arm is self.baseline or not ours or not theirs:
+            return "-"
+        return f"{mean(theirs) / mean(ours) - 1:+.1%}"
+
+    def difference_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the differences to the baseline, one per figure and arm."""
+        header = ["figure", "arm", "difference", "95% interval", "pairs", "the data"]
+        rows = []
+        for figure in FIGURES:
+            for arm in self.arms[1:]:
+                found = difference(arm, self.baseline, figure, self.step) if figure.compared else None
+                if found is not None:
+                    rows.append([figure.name, arm.name, *self._difference_cells(found, figure.form)])
+        return header, rows
+
+    @staticmethod
+    def _difference_cells(found: Difference, form: str) -> list[str]:
+        interval = "-" if found.interval is None else f"{found.interval[0]:+{form}} to {found.interval[1]:+{form}}"
+        if found.interval is None:
+            verdict = "may be chance"
+        else:
+            verdict = "show a difference" if found.shown else "show no difference"
+        return [f"{found.value:+{form}}", interval, str(found.pairs), verdict]
+
+    def sentences(self) -> list[str]:
+        """What the data show and what they do not, one plain sentence per arm and figure of interest."""
+        said = []
+        names = {figure.name: figure for figure in FIGURES}
+        for arm in self.arms[1:]:
+            for choices in (
+                ("validation NTP loss", "NTP loss"),
+                ("probe effective rank", "effective rank"),
+                ("probe cosine", "cosine"),
+            ):
+                found = [(f, d) for f in choices if (d := difference(arm, self.baseline, names[f], self.step))]
+                if found:
+                    said.append(self._sentence(arm, names[found[0][0]], found[0][1]))
+        for arm in self.arms:
+            if phrase := self._phases(arm):
+                said.append(phrase)
+        if len(self.arms) == 1:
+            said.append("One arm alone is no comparison.")
+        return said
+
+    def _sentence(self, arm: Arm, figure: Figure, found: Difference) -> str:
+        more = "more" if found.value > 0 else "less"
+        head = f"{figure.name}: {arm.name} ends with {abs(found.value):{figure.form}} {more} than {self.baseline.name}"
+        if found.interval is None:
+            runs = "one run per arm" if found.pairs == 1 else f"{found.pairs} pairs of runs"
+            return f"{head}. With {runs} this may be chance: the data show nothing about it."
+        low, high = (f"{bound:+{figure.form}}" for bound in found.interval)
+        verdict = "a difference" if found.shown else "no difference that chance would not make as well"
+        return f"{head} (95% interval {low} to {high}, {found.pairs} seeds): at this size the data show {verdict}."
+
+    @staticmethod
+    def _phases(arm: Arm) -> str:
+        marks = [phases(*series) for run in arm.runs if len((series := run.series("nitp_loss"))[0]) >= 3]
+        if not marks:
+            return ""
+        start, collapse, hump, end = (mean([found[name][1] for found in marks]) for name in marks[0])
+        steps = {name: sorted(found[name][0] for found in marks) for name in ("collapse", "hump")}
+        at = {name: f"step {s[0]:,}" if s[0] == s[-1] else f"steps {s[0]:,} to {s[-1]:,}" for name, s in steps.items()}
+        return (
+            f"NITP loss of {arm.name} (moving average): {start:.3f} at the first step, falls to {collapse:.3f} "
+            f"({at['collapse']}), then at most {hump:.3f} ({at['hump']}), {end:.3f} at the end."
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write ``index.html``, ``report.md`` and every figure as PNG and SVG."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for drawing in self.drawings:
+            figures.write_files(drawing, folder)
+        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / "index.html").write_text(self.html(), encoding="utf-8")
+
+    def markdown(self) -> str:
+        """The report as Markdown, with the PNG files as pictures."""
+        parts = [f"# {self.title()}", f"At step {self.step:,}.", _bullets(self.sentences())]
+        parts += ["**Not a fair comparison:**\n\n" + _bullets(self.settings.warnings)] if self.settings.warnings else []
+        parts += ["**Could not be read:**\n\n" + _bullets(self.problems)] if self.problems else []
+        parts += ["## Final figures", _markdown_table(*self.final_table())]
+        if self.difference_table()[1]:
+            parts += [f"## Differences to {self.baseline.name}", _markdown_table(*self.difference_table())]
+        parts += [_NOTE, "## Figures"]
+        parts += [f"![{d.title}]({d.name}.png)\n\n{d.caption}" for d in self.drawings]
+        parts += ["## Settings that differ", *self._settings_parts(_markdown_table, _bullets)]
+        return "\n\n".join(parts) + "\n"
+
+    def html(self) -> str:
+        """The report as one page: no script, no request, the colours of the reader's scheme."""
+        charts = "\n".join(
+            f"<figure>{figures.svg(d)}<figcaption><b>{escape(d.title)}.</b> {escape(d.caption)}</figcaption></figure>"
+            for d in self.drawings
+        )
+        boxes = ""
+        for name, lines in (("Not a fair comparison", self.settings.warnings), ("Could not be read", self.problems)):
+            boxes += f'<section class="warning"><h2>{name}</h2>{_html_list(lines)}</section>' if lines else ""
+        tables = _html_table(*self.final_table())
+        if self.difference_table()[1]:
+            tables += f"<h2>Differences to {escape(self.baseline.name)}</h2>" + _html_table(*self.difference_table())
+        settings = "".join(self._settings_parts(_html_table, _html_list))
+        key = "".join(
+            f'<span><i style="background:{figures.color(self.arms, arm)}"></i>{escape(arm.name)}</span>'
+            for arm in self.arms
+        )
+        return _PAGE.format(
+            title=escape(self.title()),
+            style=_STYLE,
+            step=f"{self.step:,}",
+            key=key,
+            sentences=_html_list(self.sentences()),
+            boxes=boxes,
+            tables=tables,
+            note=escape(_NOTE),
+            charts=charts,
+            settings=settings,
+        )
+
+    def _settings_parts(self, table: Callable, bullets: Callable) -> list[str]:
+        known = [arm.name for arm in self.arms if arm.settings]
+        groups = {**self.settings.nitp, **self.settings.others}
+        if not groups:
+            return [bullets(["Nothing but the seeds." if known else "The settings of the runs are unknown."])]
+        beyond = "Beyond [nitp] they differ in: " + (", ".join(self.settings.others) or "nothing") + "."
+        rows = [[key, *(_shown(value) for value in values)] for key, values in groups.items()]
+        return [bullets([beyond]), table(["setting", *known], rows)]
+
+
+def _shown(value: Any) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown_table(report: Report) -> str:
+    """The table of final figures."""
+    return _markdown_table(*report.final_table())
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _html_list(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59616b; --page: #ffffff; --grid: #e3e6ea; --box: #f6f7f9;
+  --warn: #8a4b00; --warn-box: #fff6e8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a3abb5; --page: #14171b; --grid: #2c3138;
+  --box: #1c2026; --warn: #ffc46b; --warn-box: #2b2317; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 90rem; background: var(--page);
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+.step, .note, figcaption { color: var(--soft); font-size: .9rem; }
+.note { max-width: 75ch; }
+li { max-width: 85ch; margin: .3rem 0; overflow-wrap: anywhere; }
+ul { padding-left: 1.2rem; margin: .6rem 0; }
+.key { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: .8rem 0; }
+.key i { display: inline-block; width: 1.1rem; height: .3rem; border-radius: 2px; margin-right: .4rem;
+  vertical-align: middle; }
+.warning { background: var(--warn-box); border-left: 4px solid var(--warn); padding: .2rem 1rem .6rem; margin: 1rem 0; }
+.warning h2 { margin: .8rem 0 .2rem; color: var(--warn); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .8rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
+th { font-weight: 600; color: var(--soft); }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.4rem; }
+figure { margin: 0; padding: .8rem; background: var(--box); border-radius: 8px; }
+.chart { display: block; width: 100%; height: auto; }
+.chart text { font-family: system-ui, sans-serif !important; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1><div class="step">At step {step}</div><div class="key">{key}</div></header>
+<main>
+{sentences}
+{boxes}
+<h2>Final figures</h2>
+{tables}
+<p class="note">{note}</p>
+<h2>Figures</h2>
+<div class="charts">
+{charts}
+</div>
+<h2>Settings that differ</h2>
+{settings}
+</main>
+</body>
+</html>
+"""

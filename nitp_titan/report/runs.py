@@ -1,0 +1,246 @@
+"""Run folders as arms of a comparison: what was measured, with which settings, and whether it can be compared."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nitp_titan.config import UserError
+
+Series = tuple[list[int], list[float]]
+
+# Settings that name a run and say nothing about it.
+_NAMES = ("dump_folder", "metrics.run_name", "metrics.run_group", "debug.seed")
+# Settings that decide what is compared: prefixes -> what a difference in them makes of the comparison.
+_UNFAIR = {
+    ("dataloader.", "hf_assets_path", "training.seq_len"): "the arms see other data or another order",
+    ("parallelism.data_parallel", "parallelism.context", "parallelism.pipeline", "parallelism.tensor"): (
+        "the loader deals documents to ranks, so that the order of the data may be another"
+    ),
+    ("training.steps", "training.global_batch_size"): "the arms see different numbers of tokens",
+    ("model.", "optimizer.", "lr_scheduler.", "training.max_norm"): "more than NITP is compared",
+    ("validator.", "geometry.probe_batches"): "validation is not on the same tokens",
+    ("training.mixed_precision", "float8.", "training.dtype"): "the arms compute in different precision",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, at whatever step the run is."""
+
+    folder: Path
+    name: str
+    records: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    geometry: list[dict[str, Any]]
+    probe: list[dict[str, Any]]
+    settings: dict[str, Any]
+    """Every setting by ``table.key``; empty if the folder does not say."""
+
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings.get("debug.seed")
+
+    @property
+    def last_step(self) -> int:
+        return self.records[-1]["step"]
+
+    @property
+    def planned_steps(self) -> int | None:
+        return self.settings.get("training.steps")
+
+    def series(self, key: str, *, until: int | None = None) -> Series:
+        """Steps and values of a figure of metrics.jsonl, where it was logged."""
+        return _series(self.records, [key], until)
+
+    def validation_series(self, *, until: int | None = None) -> Series:
+        """Steps and validation NTP losses."""
+        return _series(self.validation, ["ntp_loss"], until)
+
+    def geometry_series(self, state: str, figure: str, *, until: int | None = None) -> Series:
+        """Steps and values of a figure of training mini-batches."""
+        return _series(self.geometry, [state, figure], until)
+
+    def probe_series(self, state: str, figure: str, *, until: int | None = None) -> Series:
+        """Steps and values of a figure of the fixed validation batches."""
+        return _series(self.probe, [state, figure], until)
+
+
+def _series(records: list[dict[str, Any]], path: Sequence[str], until: int | None) -> Series:
+    steps, values = [], []
+    for record in records:
+        value: Any = record
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, (int, float)) and (until is None or record["step"] <= until):
+            steps.append(record["step"])
+            values.append(float(value))
+    return steps, values
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed only."""
+
+    name: str
+    runs: list[Run]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return _without_names(self.runs[0].settings)
+
+    @property
+    def is_ntp(self) -> bool:
+        """Whether NTP alone was trained."""
+        weight = self.settings.get("nitp.weight")
+        return weight == 0 if weight is not None else not self.runs[0].series("nitp_loss")[1]
+
+
+def read_arms(arguments: Iterable[str]) -> tuple[list[Arm], list[str]]:
+    """Arms of ``[NAME=]FOLDER`` arguments, the baseline first, and what could not be read.
+
+    A folder without metrics.jsonl stands for the run folders in it. Runs with the same name, or without one and with
+    the same settings but for the seed, are one arm.
+
+    Raises:
+        UserError: if no run can be read.
+    """
+    problems: list[str] = []
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for argument in arguments:
+        name, _, folder = argument.rpartition("=")
+        for path in _run_folders(Path(folder), problems):
+            run = _read_run(path, problems)
+            if run is not None:
+                alike = name or (_without_names(run.settings) if run.settings else str(path))
+                groups.setdefault((name, json.dumps(alike)), []).append(run)
+    if not groups:
+        raise UserError("there is no run to compare. " + " ".join(problems))
+    arms = _with_names([Arm(name, runs) for (name, _), runs in groups.items()])
+    arms.sort(key=lambda arm: not arm.is_ntp)
+    problems += [f"{run.folder}: {problem}" for arm in arms for run in arm.runs for problem in run.problems]
+    return arms, problems
+
+
+def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _NAMES}
+
+
+def _with_names(arms: list[Arm]) -> list[Arm]:
+    """Arms without a name take that of their recipe, or of their folder where two share a recipe."""
+    taken: set[str] = {arm.name for arm in arms if arm.name}
+    named = []
+    for arm in arms:
+        run = arm.runs[0]
+        recipe = str(run.settings.get("metrics.run_name") or "").rpartition("/")[2]
+        choices = [arm.name] if arm.name else [recipe, run.folder.name, str(run.folder)]
+        name = next(choice for choice in choices if choice and (arm.name or choice not in taken))
+        taken.add(name)
+        named.append(Arm(name, arm.runs))
+    return named
+
+
+def _run_folders(folder: Path, problems: list[str]) -> list[Path]:
+    if (folder / "metrics.jsonl").is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/metrics.jsonl")) if folder.is_dir() else []
+    if not found:
+        reason = "has no metrics.jsonl; it is not the folder of a training run" if folder.is_dir() else "does not exist"
+        problems.append(f"{folder} {reason}.")
+    return found
+
+
+def _read_run(folder: Path, problems: list[str]) -> Run | None:
+    own: list[str] = []
+    files = {name: _read_lines(folder / f"{name}.jsonl", own) for name in ("metrics", "validation", "geometry", "probe")}
+    settings = _read_settings(folder / "resolved.json", own)
+    if not files["metrics"]:
+        problems.append(f"{folder}/metrics.jsonl holds no step; the run is left out.")
+        return None
+    run = Run(folder, folder.name, files.pop("metrics"), **files, settings=settings, problems=own)
+    if run.planned_steps is not None and run.last_step < run.planned_steps:
+        own.append(f"at step {run.last_step:,} of {run.planned_steps:,}; it is compared as far as it is.")
+    return run
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Records of a metrics file. What a crash cut short or spoilt is left out, and said unless it is the last line."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records, spoilt = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        elif number < len(lines):
+            spoilt.append(number)
+    if spoilt:
+        shown = ", ".join(map(str, spoilt[:5])) + (", ..." if len(spoilt) > 5 else "")
+        problems.append(f"{path.name}: {len(spoilt)} of {len(lines)} lines are no records ({shown}); they are left out.")
+    return sorted(records, key=lambda record: record["step"])
+
+
+def _read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        return flattened(json.loads(path.read_text()))
+    except FileNotFoundError:
+        problems.append("no resolved.json: its settings are unknown.")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        problems.append("resolved.json is damaged: its settings are unknown.")
+    return {}
+
+
+def flattened(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as ``table.key``; lists stay as they are."""
+    flat = {}
+    for key, value in tables.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Settings in which the arms differ, with the value of each arm."""
+
+    nitp: dict[str, list[Any]]
+    others: dict[str, list[Any]]
+    warnings: list[str]
+    """Why the comparison is not fair."""
+
+
+def differences(arms: Sequence[Arm]) -> Differences:
+    """What the arms differ in beyond their seeds."""
+    known = [arm for arm in arms if arm.settings]
+    keys = sorted({key for arm in known for key in arm.settings})
+    found = {key: [arm.settings.get(key) for arm in known] for key in keys}
+    found = {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+    nitp = {key: values for key, values in found.items() if key.startswith("nitp.")}
+    others = {key: values for key, values in found.items() if key not in nitp}
+    warnings = []
+    for prefixes, reason in _UNFAIR.items():
+        if keys := [key for key in others if key.startswith(prefixes)]:
+            warnings.append(f"{', '.join(keys)} differ{'s' if len(keys) == 1 else ''}: {reason}.")
+    seeds = {arm.name: sorted(run.seed for run in arm.runs if run.seed is not None) for arm in known}
+    if len({tuple(values) for values in seeds.values()}) > 1:
+        shown = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in seeds.items())
+        warnings.append(f"the seeds differ ({shown}): only runs with a seed in common are paired.")
+    last = {run.last_step for arm in arms for run in arm.runs}
+    if len(last) > 1:
+        warnings.append(f"the runs are at steps {min(last):,} to {max(last):,}: figures are compared at {min(last):,}.")
+    if len(known) < len(arms):
+        unknown = ", ".join(arm.name for arm in arms if not arm.settings)
+        warnings.append(f"the settings of {unknown} are unknown: nothing says that the arms can be compared.")
+    return Differences(nitp, others, warnings)
+
+
+def common_step(arms: Sequence[Arm]) -> int:
+    """The last step that every run has logged."""
+    return min(run.last_step for arm in arms for run in arm.runs)

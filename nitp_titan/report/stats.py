@@ -1,0 +1,153 @@
+"""Statistics of a comparison: smoothing, the phases of the NITP loss, paired bootstrap intervals."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nitp_titan.report.runs import Arm, Run, Series
+
+# Share of the run that the "final" figures average over: single batches are noisy.
+FINAL_SHARE = 0.1
+_SMOOTHING_SHARE = 0.04
+_RESAMPLES = 10_000
+# The least number of pairs with which an interval is more than the two values themselves.
+ENOUGH_PAIRS = 3
+
+
+def moving_average(values: Sequence[float], width: int) -> list[float]:
+    """Centred mean over up to ``width`` neighbours, shorter at both ends."""
+    half = width // 2
+    windows = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Moving average over a fixed share of the run."""
+    return moving_average(values, 2 * max(1, round(len(values) * _SMOOTHING_SHARE / 2)) + 1)
+
+
+def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int, float]]:
+    """The three phases of the NITP loss (Fig. 5): where it starts, its low, its hump and its end.
+
+    Returns:
+        ``{"start", "collapse", "hump", "end"}`` -> (step, smoothed value; the start is not
+        smoothed): the collapse is the minimum of the first half, the hump the maximum after it.
+    """
+    smooth = smoothed(values)
+    middle = len(smooth) // 2
+    low = min(range(middle + 1), key=smooth.__getitem__)
+    hump = max(range(low, len(smooth)), key=smooth.__getitem__)
+    marks = {"start": 0, "collapse": low, "hump": hump, "end": len(smooth) - 1}
+    return {name: (steps[index], smooth[index] if name != "start" else values[0]) for name, index in marks.items()}
+
+
+def final_mean(series: Series) -> float | None:
+    """Mean over the last tenth of a series."""
+    _, values = series
+    count = max(1, round(len(values) * FINAL_SHARE))
+    return mean(values[-count:]) if values else None
+
+
+def last(series: Series) -> float | None:
+    return series[1][-1] if series[1] else None
+
+
+def median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A final figure of a run, and how it is shown."""
+
+    name: str
+    unit: str
+    form: str
+    of: Callable[[Run, int], float | None]
+    """Value of a run at a step."""
+
+    compared: bool = True
+    """Whether a difference of arms means something about training."""
+
+
+def _tokens_per_second(run: Run, step: int) -> float | None:
+    # The first step pays for the start.
+    values = run.series("tokens_per_second", until=step)[1][1:]
+    return median(values) if values else None
+
+
+FIGURES = [
+    Figure("NTP loss", "nats per token", ".4f", lambda run, step: final_mean(run.series("ntp_loss", until=step))),
+    Figure("validation NTP loss", "nats per token", ".4f", lambda run, step: last(run.validation_series(until=step))),
+    Figure("NITP loss", "", ".4f", lambda run, step: final_mean(run.series("nitp_loss", until=step)), compared=False),
+    Figure(
+        "effective rank",
+        "directions",
+        ".1f",
+        lambda run, step: final_mean(run.geometry_series("hidden", "effective_rank", until=step)),
+    ),
+    Figure("cosine", "", ".3f", lambda run, step: final_mean(run.geometry_series("hidden", "cosine", until=step))),
+    Figure(
+        "probe effective rank",
+        "directions",
+        ".1f",
+        lambda run, step: last(run.probe_series("hidden", "effective_rank", until=step)),
+    ),
+    Figure("probe cosine", "", ".3f", lambda run, step: last(run.probe_series("hidden", "cosine", until=step))),
+    Figure("tokens/s", "", ",.0f", _tokens_per_second, compared=False),
+    Figure(
+        "memory GiB", "", ".2f", lambda run, step: last(run.series("memory_gib", until=step)), compared=False
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference of an arm to the baseline over runs of the same seed."""
+
+    value: float
+    pairs: int
+    interval: tuple[float, float] | None
+    """95% bootstrap interval over pairs; None with fewer than `ENOUGH_PAIRS`."""
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+
+
+def difference(arm: Arm, baseline: Arm, figure: Figure, step: int) -> Difference | None:
+    """Paired difference ``arm - baseline`` of a final figure; None without a pair.
+
+    Runs of the same seed are a pair; where no seed is known, runs in their order.
+    """
+    values = [
+        (ours, theirs)
+        for run, other in paired(arm, baseline)
+        if (ours := figure.of(run, step)) is not None and (theirs := figure.of(other, step)) is not None
+    ]
+    differences = [ours - theirs for ours, theirs in values]
+    if not differences:
+        return None
+    return Difference(mean(differences), len(differences), bootstrap_interval(differences))
+
+
+def paired(arm: Arm, baseline: Arm) -> list[tuple[Run, Run]]:
+    """Runs of both arms with the same seed."""
+    if any(run.seed is None for run in (*arm.runs, *baseline.runs)):
+        return list(zip(arm.runs, baseline.runs))
+    by_seed = {run.seed: run for run in baseline.runs}
+    return [(run, by_seed[run.seed]) for run in arm.runs if run.seed in by_seed]
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95% percentile bootstrap interval of the mean (Efron 1979), seeded; None for fewer than `ENOUGH_PAIRS` values."""
+    if len(values) < ENOUGH_PAIRS:
+        return None
+    generator = random.Random(0)
+    means = sorted(mean(generator.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    return means[round(0.025 * (_RESAMPLES - 1))], means[round(0.975 * (_RESAMPLES - 1))]

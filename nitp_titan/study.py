@@ -1,0 +1,2 @@
+def read_study(*a): return []
+def table(*a): return ""

@@ -1,0 +1,107 @@
+"""Which of the paper's mechanisms show on a small model? Train recipes/study/ with several seeds and print the table.
+
+python scripts/study.py                     # everything, about an hour on 2 cores; goes on where it stopped
+python scripts/study.py --arm ntp --arm nitp --seed 1
+python scripts/study.py --report            # the table of what is there already
+"""
+
+import argparse
+import os
+import queue
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from nitp_titan import recipe
+from nitp_titan.assets import prepare_stdlib_assets
+from nitp_titan.config import exit_with, nearest, UserError
+from nitp_titan.launch import Arm
+from nitp_titan.metrics import time_left
+from nitp_titan.study import read_study, table
+
+SEEDS = (1, 2, 3)
+# Gradient spikes show at single steps only.
+FLAGS = ["--metrics.log_freq", "1", "--geometry.interval", "25", "--validator.freq", "100"]
+
+
+class Progress:
+    """One line per finished run and per hundred steps, with the time left for all."""
+
+    def __init__(self, arms: list[Arm]):
+        self.total, self.done, self.trained = len(arms), 0, 0
+        self.started, self.lock = time.monotonic(), threading.Lock()
+
+    def say(self, arm: Arm, line: str) -> None:
+        step = line.removeprefix("step ").partition("/")[0]
+        if not line.startswith("step ") or (step.isdigit() and int(step) % 100 == 0):
+            with self.lock:
+                print(f"{arm.name}: {line}", flush=True)
+
+    def finished(self, *, trained: bool) -> None:
+        with self.lock:
+            self.done, self.trained = self.done + 1, self.trained + trained
+            if trained:
+                left = (self.total - self.done) * (time.monotonic() - self.started) / self.trained
+                print(f"{self.done} of {self.total} runs, left {time_left(left)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", action="append", help="a recipe of recipes/study, by name; repeat (default: all)")
+    parser.add_argument("--seed", action="append", type=int, help="repeat (default: 1, 2 and 3)")
+    parser.add_argument("--parallel", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("outputs/study"), help="folder of all runs")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    available = sorted(path.stem for path in (recipe.PROJECT / "recipes/study").glob("*.toml"))
+    for name in arguments.arm or []:
+        if name not in available:
+            raise UserError(f"--arm {name}: there is no such recipe in recipes/study.{nearest(name, available)}")
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= arguments.parallel <= cores:
+        raise UserError(f"--parallel {arguments.parallel}: 1 to {cores}, the number of cores.")
+    names, seeds = arguments.arm or available, arguments.seed or SEEDS
+    if not arguments.report:
+        train(names, seeds, arguments.out, arguments.parallel)
+    print("\n" + table(read_study(arguments.out)))
+
+
+def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
+    """Train every recipe with every seed, some at a time.
+
+    Runs share no core, or their OpenMP threads would wait for each other ten times as long as they compute.
+    """
+    manifest = prepare_stdlib_assets(Path("assets/stdlib"))
+    arms = [
+        Arm(
+            name=f"{name} seed {seed}",
+            recipe=recipe.find(f"study/{name}", "recipes"),
+            train_config=recipe.find("cpu", "train_configs"),
+            folder=out / name / f"seed_{seed}",
+            flags=["--debug.seed", str(seed), *FLAGS],
+            data=manifest["train"],
+        )
+        for seed in seeds
+        for name in names
+    ]
+    progress = Progress(arms)
+    cores = queue.SimpleQueue()
+    for worker in range(parallel):
+        cores.put(sorted(os.sched_getaffinity(0))[worker::parallel])
+
+    def run(arm: Arm) -> None:
+        finished = arm.finished()
+        arm.train(lambda line: progress.say(arm, line))
+        progress.finished(trained=not finished)
+
+    with ThreadPoolExecutor(parallel, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
+        for done in [pool.submit(run, arm) for arm in arms]:
+            done.result()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)
