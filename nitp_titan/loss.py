@@ -155,9 +155,7 @@ class NITPLoss(ChunkedLoss):
             self.parts.copy_(torch.cat([newest[None], self.parts[:-1]]))
             return ntp + _placed_as(ntp, total), metrics
 
-    def _nitp(
-        self, h_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _nitp(self, h_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         show = self._projection_shower(labels)
 
         def term(h: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -277,4 +277,3 @@ class ProbingValidator(Validator):
         if not self.parallel_dims.pp_enabled:
             return 1
         return self.local_batch_size // self.parallelism.pipeline_parallel_microbatch_size
-

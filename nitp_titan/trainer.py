@@ -19,7 +19,15 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from nitp_titan import cpu, recipe
-from nitp_titan.config import check_ranges, Float8Config, GeometryConfig, MachineConfig, ModelConfig, NITPConfig, UserError
+from nitp_titan.config import (
+    check_ranges,
+    Float8Config,
+    GeometryConfig,
+    MachineConfig,
+    ModelConfig,
+    NITPConfig,
+    UserError,
+)
 from nitp_titan.data import check_sources
 from nitp_titan.layout import check_layout
 from nitp_titan.loss import ChunkedLoss, find_loss, NITPLoss

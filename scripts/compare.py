@@ -1,7 +1,7 @@
 """Compare training runs: one page, a Markdown report and figures from their run folders.
 
 python scripts/compare.py outputs/debug/ntp_debug outputs/debug/nitp_debug --out outputs/report
-python scripts/compare.py outputs/study/ntp outputs/study/nitp --out outputs/study/report   # folders of one run per seed
+python scripts/compare.py outputs/study/ntp outputs/study/nitp --out outputs/report   # a run per seed in each
 python scripts/compare.py small=outputs/a large=outputs/b --out outputs/report               # names of your own
 
 Runs that differ in their seed only are one arm; the arm without NITP is the baseline. Runs that are still going are

@@ -7,7 +7,8 @@ from nitp_titan import recipe
 from nitp_titan.assets import prepare_stdlib_assets
 from nitp_titan.config import exit_with, UserError
 from nitp_titan.launch import Arm
-from nitp_titan.report import read_run, write_report
+from nitp_titan.report.page import markdown_table, Report
+from nitp_titan.report.runs import read_arms
 
 ARMS = {"ntp": "debug/ntp_debug", "nitp": "debug/nitp_debug"}
 
@@ -40,9 +41,11 @@ def main() -> None:
         )
         arm.train(lambda line, name=name: print(f"{name}: {line}", flush=True))
 
-    report = arguments.out / "report"
-    print("\n" + write_report([read_run(name, arguments.out / name) for name in ARMS], report))
-    print(f"\nruns    {arguments.out}/ntp  {arguments.out}/nitp\nreport  {report}/report.md  {report}/losses.png")
+    folder = arguments.out / "report"
+    report = Report(*read_arms([f"{name}={arguments.out / name}" for name in ARMS]))
+    report.write(folder)
+    print("\n" + markdown_table(report) + "\n\n" + "\n".join(report.sentences()))
+    print(f"\nruns    {arguments.out}/ntp  {arguments.out}/nitp\nreport  {folder}/index.html  {folder}/report.md")
 
 
 if __name__ == "__main__":

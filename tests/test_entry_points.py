@@ -143,8 +143,8 @@ def test_the_quickstart_writes_both_runs_and_the_report_and_a_second_time_is_fas
     for arm in ("ntp", "nitp"):
         assert read_records(tmp_path / arm / "metrics.jsonl")[-1]["tokens"] > 0
         assert (tmp_path / arm / "resolved.toml").exists() and (tmp_path / arm / "checkpoint/step-3/.metadata").exists()
-    assert (tmp_path / "report/losses.png").exists()
-    assert "| nitp | " in first.stdout and "losses.png" in first.stdout and "nitp: step 1/3" in first.stdout
+    assert (tmp_path / "report/index.html").exists() and (tmp_path / "report/overview.png").exists()
+    assert "| nitp | " in first.stdout and "report/index.html" in first.stdout and "nitp: step 1/3" in first.stdout
     second = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (
         second.returncode == 0 and "ntp: already trained" in second.stdout and "nitp: already trained" in second.stdout

@@ -105,7 +105,9 @@ def test_measuring_changes_no_bit_of_the_training(measured, tmp_path):
     folder, _ = measured
     train(make_config(tmp_path, nitp={"num_chunks": 4}, training={"local_batch_size": 2, "global_batch_size": 4}))
     keys = ("ntp_loss", "nitp_loss", "grad_norm")
-    losses = [[[record[key] for key in keys] for record in read_records(f / "metrics.jsonl")] for f in (folder, tmp_path)]
+    losses = [
+        [[record[key] for key in keys] for record in read_records(f / "metrics.jsonl")] for f in (folder, tmp_path)
+    ]
     assert losses[0] == losses[1]
     assert not (tmp_path / "geometry.jsonl").exists()
 
@@ -194,4 +196,3 @@ def test_the_ptrr_balancer_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"'ptrr' reorders tokens by their mask, so \[geometry\] cannot tell"):
         layout.check_layout(config, 2)
-

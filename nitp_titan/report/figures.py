@@ -58,9 +58,21 @@ def svg(drawing: Drawing) -> str:
     return f'<svg class="chart" role="img" aria-label="{escape(drawing.title)}" viewBox="{view_box}" {names}>{rest}'
 
 
+def write_overview(drawings: Sequence[Drawing], path: Path) -> None:
+    """Write losses, effective rank and cosine, as far as they were measured, side by side as PNG."""
+    shown = [drawing for name in _OVERVIEW for drawing in drawings if drawing.name == name]
+    with pyplot.rc_context(_PRINTED):
+        figure = matplotlib.figure.Figure(figsize=(_SIZE[0] * len(shown) * 0.8, _SIZE[1]), layout="constrained")
+        for axes, drawing in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+            drawing.draw(axes)
+            axes.set_title(drawing.title, fontsize=10, loc="left")
+        axes.legend()
+        figure.savefig(path, dpi=130)
+
+
 def write_files(drawing: Drawing, folder: Path) -> None:
     """Write ``<name>.png`` and ``<name>.svg``, black on white."""
-    with pyplot.rc_context(_style("#1b1f24", "#d8dce2") | {"svg.hashsalt": drawing.name}):
+    with pyplot.rc_context(_PRINTED | {"svg.hashsalt": drawing.name}):
         figure = _figure(drawing)
         figure.axes[0].set_title(drawing.title, fontsize=10, loc="left")
         figure.savefig(folder / f"{drawing.name}.png", dpi=160)
@@ -80,6 +92,10 @@ def _style(ink: str, grid: str) -> dict:
         "legend.fontsize": 8,
         "lines.linewidth": 1.6,
     }
+
+
+_PRINTED = _style("#1b1f24", "#d8dce2")
+_OVERVIEW = ("ntp_loss", "nitp_loss", "effective_rank", "cosine")
 
 
 def _figure(drawing: Drawing):
@@ -155,16 +171,17 @@ def _nitp_loss(arms: Sequence[Arm]) -> Callable[[Axes], None]:
 
     def draw(axes: Axes) -> None:
         curves(axes)
+        named = False
         for arm in arms:
             steps, rows = _aligned([run.series("nitp_loss") for run in arm.runs])
-            if len(steps) < 3:
-                continue
             marks = phases(steps, [mean(column) for column in zip(*rows)])
+            if marks is None:
+                continue
             for name in ("collapse", "hump", "end"):
                 axes.plot(*marks[name], marker="o", markersize=4, color=color(arms, arm))
-            if arm is next(arm for arm in arms if arm.runs[0].series("nitp_loss")[0]):
-                for name in ("collapse", "hump"):
-                    axes.annotate(name, marks[name], textcoords="offset points", xytext=(4, 7), fontsize=8)
+            for name in () if named else ("collapse", "hump"):
+                axes.annotate(name, marks[name], textcoords="offset points", xytext=(5, 7), fontsize=8)
+            named = True
         axes.set(ylabel="loss", ylim=(0, None))
 
     return draw
@@ -174,11 +191,13 @@ def _spectra(arms: Sequence[Arm], steps: Sequence[int]) -> Callable[[Axes], None
     def draw(axes: Axes) -> None:
         for arm in arms:
             by_step = {record["step"]: record for record in arm.runs[0].geometry if _has_spectrum(record)}
-            for step, style in zip([step for step in steps if step in by_step], _SPECTRUM_STYLES):
+            for step, style in zip(steps, _SPECTRUM_STYLES):
+                if step not in by_step:
+                    continue
                 spectrum = by_step[step]["hidden"]["spectrum"]
                 points = [(r, s) for r, s in zip(spectrum["rank"], spectrum["share"]) if s > 0]
                 if points:
-                    label = f"{arm.name}, step {step:,}"
+                    label = arm.name if style == _SPECTRUM_STYLES[0] else None
                     axes.plot(*zip(*points), color=color(arms, arm), linestyle=style, label=label, linewidth=1.3)
         axes.set(xscale="log", yscale="log", xlabel="eigenvalue, by rank", ylabel="share of the variance")
 
@@ -191,13 +210,14 @@ def _has_spectrum(record: dict) -> bool:
 
 
 def chosen_steps(arms: Sequence[Arm], wanted: Sequence[int] = ()) -> list[int]:
-    """Steps whose spectra are drawn: the measured ones nearest to those wanted, or the first, a middle and the last."""
+    """Steps whose spectra are drawn, latest first: the measured ones nearest to those wanted, or three over the run."""
     measured = [{record["step"] for record in arm.runs[0].geometry if _has_spectrum(record)} for arm in arms]
     common = sorted(set.intersection(*[steps for steps in measured if steps] or [set()]))
     if not common:
         return []
     wanted = wanted or (common[0], common[-1] / 4, common[-1])
-    return sorted({min(common, key=lambda step: abs(step - target)) for target in wanted})[: len(_SPECTRUM_STYLES)]
+    nearest = {min(common, key=lambda step: abs(step - target)) for target in wanted}
+    return sorted(nearest, reverse=True)[: len(_SPECTRUM_STYLES)]
 
 
 def _layers(arms: Sequence[Arm], figure: str, label: str) -> Callable[[Axes], None]:
@@ -226,6 +246,7 @@ def _profile(run: Run, figure: str) -> dict[int, float]:
 def drawings(arms: Sequence[Arm], spectrum_steps: Sequence[int] = ()) -> list[Drawing]:
     """All figures that the runs have data for."""
     steps = chosen_steps(arms, spectrum_steps)
+    lines = ", ".join(f"{style} at step {step:,}" for step, style in zip(steps, _SPECTRUM_STYLES))
     several = any(len(arm.runs) > 1 for arm in arms)
     band = " Line: mean over seeds; band: smallest to largest." if several else ""
 
@@ -301,7 +322,7 @@ def drawings(arms: Sequence[Arm], spectrum_steps: Sequence[int] = ()) -> list[Dr
             bool(steps),
             "spectra",
             "Eigenvalue spectrum",
-            "Covariance of the last hidden states" + (", first seed of each arm." if several else "."),
+            "Covariance of the last hidden states" + (", first seed of each arm: " if several else ": ") + lines + ".",
             _spectra(arms, steps),
         ),
         *(

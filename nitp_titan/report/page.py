@@ -5,15 +5,22 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.report import figures
-from nitp_titan.report.runs import Arm, common_step, Differences, differences
-from nitp_titan.report.stats import difference, Difference, ENOUGH_PAIRS, Figure, FIGURES, FINAL_SHARE, mean, phases
+from nitp_titan.report import figures, runs
+from nitp_titan.report.runs import Arm, common_step, Differences
+from nitp_titan.report.stats import Difference, difference, Figure, FIGURES, FINAL_SHARE, mean, phases
 
 _NOTE = (
     f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of what was logged, "
-    "validation and probe figures the last ones, tokens/s the median. Probe figures are of the same validation tokens in "
-    "every arm. Intervals are 95% bootstrap intervals of the mean difference over pairs of the same seed; with three "
-    "pairs such an interval goes from the smallest to the largest difference and says little more."
+    "validation and probe figures the last ones, tokens/s the median; ± is half the range over seeds. Probe figures "
+    "are of the same validation tokens in every arm. Intervals are 95% bootstrap intervals of the mean difference over "
+    "pairs of the same seed; with three pairs such an interval goes from the smallest to the largest difference."
+)
+
+# What the summary speaks of: the first figure of each group that was measured.
+_OF_INTEREST = (
+    ("validation NTP loss", "NTP loss"),
+    ("probe effective rank", "effective rank"),
+    ("probe cosine", "cosine"),
 )
 
 
@@ -29,7 +36,7 @@ class Report:
     def __init__(self, arms: Sequence[Arm], problems: Sequence[str] = (), *, spectrum_steps: Sequence[int] = ()):
         self.arms, self.problems = list(arms), list(problems)
         self.step = common_step(arms)
-        self.settings: Differences = differences(arms)
+        self.settings: Differences = runs.differences(arms)
         self.drawings = figures.drawings(arms, spectrum_steps)
 
     @property
@@ -92,53 +99,59 @@ class Report:
         return [f"{found.value:+{form}}", interval, str(found.pairs), verdict]
 
     def sentences(self) -> list[str]:
-        """What the data show and what they do not, one plain sentence per arm and figure of interest."""
-        said = []
-        names = {figure.name: figure for figure in FIGURES}
-        for arm in self.arms[1:]:
-            for choices in (
-                ("validation NTP loss", "NTP loss"),
-                ("probe effective rank", "effective rank"),
-                ("probe cosine", "cosine"),
-            ):
-                found = [(f, d) for f in choices if (d := difference(arm, self.baseline, names[f], self.step))]
-                if found:
-                    said.append(self._sentence(arm, names[found[0][0]], found[0][1]))
-        for arm in self.arms:
-            if phrase := self._phases(arm):
-                said.append(phrase)
-        if len(self.arms) == 1:
-            said.append("One arm alone is no comparison.")
-        return said
+        """What the data show and what they do not: a plain sentence per arm, then the phases of the NITP loss."""
+        said = [sentence for arm in self.arms[1:] if (sentence := self._compared(arm))]
+        said += [sentence for arm in self.arms if (sentence := self._phases(arm))]
+        return said if len(self.arms) > 1 else ["One arm alone is no comparison.", *said]
 
-    def _sentence(self, arm: Arm, figure: Figure, found: Difference) -> str:
-        more = "more" if found.value > 0 else "less"
-        head = f"{figure.name}: {arm.name} ends with {abs(found.value):{figure.form}} {more} than {self.baseline.name}"
-        if found.interval is None:
-            runs = "one run per arm" if found.pairs == 1 else f"{found.pairs} pairs of runs"
-            return f"{head}. With {runs} this may be chance: the data show nothing about it."
-        low, high = (f"{bound:+{figure.form}}" for bound in found.interval)
-        verdict = "a difference" if found.shown else "no difference that chance would not make as well"
-        return f"{head} (95% interval {low} to {high}, {found.pairs} seeds): at this size the data show {verdict}."
+    def _compared(self, arm: Arm) -> str:
+        found = {}
+        for choices in _OF_INTEREST:
+            named = {figure.name: difference(arm, self.baseline, figure, self.step) for figure in FIGURES}
+            name = next((name for name in choices if named[name] is not None), None)
+            if name is not None:
+                found[name] = named[name]
+        forms = {figure.name: figure.form for figure in FIGURES}
+        if not found:
+            return f"{arm.name} and {self.baseline.name} have no seed in common: nothing is compared."
+        pairs = max(one.pairs for one in found.values())
+        head = f"{arm.name} against {self.baseline.name}"
+        values = {
+            name: f"{name} {one.value:+{forms[name]}}"
+            + (f" ({one.interval[0]:+{forms[name]}} to {one.interval[1]:+{forms[name]}})" if one.interval else "")
+            for name, one in found.items()
+        }
+        if all(one.interval is None for one in found.values()):
+            runs = "one run per arm" if pairs == 1 else f"{pairs} pairs of runs"
+            return (
+                f"{head}: {'; '.join(values.values())}. With {runs} all of this may be chance: the data show nothing."
+            )
+        shown, rest = ([values[n] for n, one in found.items() if one.shown is s] for s in (True, False))
+        parts = [f"the data show a difference in {'; '.join(shown)}"] if shown else []
+        parts += [
+            f"they show none in {'; '.join(rest)}" if shown else f"the data show no difference in {'; '.join(rest)}"
+        ]
+        return f"{head}, {pairs} seeds: {', and '.join(parts if rest else parts[:1])}."
 
     @staticmethod
     def _phases(arm: Arm) -> str:
-        marks = [phases(*series) for run in arm.runs if len((series := run.series("nitp_loss"))[0]) >= 3]
+        marks = [found for run in arm.runs if (found := phases(*run.series("nitp_loss")))]
         if not marks:
             return ""
         start, collapse, hump, end = (mean([found[name][1] for found in marks]) for name in marks[0])
         steps = {name: sorted(found[name][0] for found in marks) for name in ("collapse", "hump")}
         at = {name: f"step {s[0]:,}" if s[0] == s[-1] else f"steps {s[0]:,} to {s[-1]:,}" for name, s in steps.items()}
         return (
-            f"NITP loss of {arm.name} (moving average): {start:.3f} at the first step, falls to {collapse:.3f} "
-            f"({at['collapse']}), then at most {hump:.3f} ({at['hump']}), {end:.3f} at the end."
+            f"NITP loss of {arm.name} (moving average): {start:.3f} at the first step, collapses to {collapse:.3f} "
+            f"({at['collapse']}), rises to {hump:.3f} ({at['hump']}), ends at {end:.3f}."
         )
 
     def write(self, folder: Path) -> None:
-        """Write ``index.html``, ``report.md`` and every figure as PNG and SVG."""
+        """Write ``index.html``, ``report.md``, every figure as PNG and SVG and the first ones as ``overview.png``."""
         folder.mkdir(parents=True, exist_ok=True)
         for drawing in self.drawings:
             figures.write_files(drawing, folder)
+        figures.write_overview(self.drawings, folder / "overview.png")
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
         (folder / "index.html").write_text(self.html(), encoding="utf-8")
 
@@ -148,10 +161,10 @@ class Report:
         parts += ["**Not a fair comparison:**\n\n" + _bullets(self.settings.warnings)] if self.settings.warnings else []
         parts += ["**Could not be read:**\n\n" + _bullets(self.problems)] if self.problems else []
         parts += ["## Final figures", _markdown_table(*self.final_table())]
-        if self.difference_table()[1]:
-            parts += [f"## Differences to {self.baseline.name}", _markdown_table(*self.difference_table())]
         parts += [_NOTE, "## Figures"]
         parts += [f"![{d.title}]({d.name}.png)\n\n{d.caption}" for d in self.drawings]
+        if self.difference_table()[1]:
+            parts += [f"## Differences to {self.baseline.name}", _markdown_table(*self.difference_table())]
         parts += ["## Settings that differ", *self._settings_parts(_markdown_table, _bullets)]
         return "\n\n".join(parts) + "\n"
 
@@ -164,9 +177,9 @@ class Report:
         boxes = ""
         for name, lines in (("Not a fair comparison", self.settings.warnings), ("Could not be read", self.problems)):
             boxes += f'<section class="warning"><h2>{name}</h2>{_html_list(lines)}</section>' if lines else ""
-        tables = _html_table(*self.final_table())
+        differences = ""
         if self.difference_table()[1]:
-            tables += f"<h2>Differences to {escape(self.baseline.name)}</h2>" + _html_table(*self.difference_table())
+            differences = f"<h2>Differences to {escape(self.baseline.name)}</h2>{_html_table(*self.difference_table())}"
         settings = "".join(self._settings_parts(_html_table, _html_list))
         key = "".join(
             f'<span><i style="background:{figures.color(self.arms, arm)}"></i>{escape(arm.name)}</span>'
@@ -179,7 +192,8 @@ class Report:
             key=key,
             sentences=_html_list(self.sentences()),
             boxes=boxes,
-            tables=tables,
+            final=_html_table(*self.final_table()),
+            differences=differences,
             note=escape(_NOTE),
             charts=charts,
             settings=settings,
@@ -245,7 +259,9 @@ ul { padding-left: 1.2rem; margin: .6rem 0; }
 .warning h2 { margin: .8rem 0 .2rem; color: var(--warn); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .8rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); }
+td { white-space: nowrap; }
+th { vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 th { font-weight: 600; color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.4rem; }
@@ -269,12 +285,13 @@ _PAGE = """<!doctype html>
 {sentences}
 {boxes}
 <h2>Final figures</h2>
-{tables}
+{final}
 <p class="note">{note}</p>
 <h2>Figures</h2>
 <div class="charts">
 {charts}
 </div>
+{differences}
 <h2>Settings that differ</h2>
 {settings}
 </main>

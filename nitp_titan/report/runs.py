@@ -156,7 +156,9 @@ def _run_folders(folder: Path, problems: list[str]) -> list[Path]:
 
 def _read_run(folder: Path, problems: list[str]) -> Run | None:
     own: list[str] = []
-    files = {name: _read_lines(folder / f"{name}.jsonl", own) for name in ("metrics", "validation", "geometry", "probe")}
+    files = {
+        name: _read_lines(folder / f"{name}.jsonl", own) for name in ("metrics", "validation", "geometry", "probe")
+    }
     settings = _read_settings(folder / "resolved.json", own)
     if not files["metrics"]:
         problems.append(f"{folder}/metrics.jsonl holds no step; the run is left out.")
@@ -184,7 +186,9 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
             spoilt.append(number)
     if spoilt:
         shown = ", ".join(map(str, spoilt[:5])) + (", ..." if len(spoilt) > 5 else "")
-        problems.append(f"{path.name}: {len(spoilt)} of {len(lines)} lines are no records ({shown}); they are left out.")
+        problems.append(
+            f"{path.name}: {len(spoilt)} of {len(lines)} lines are no records ({shown}); they are left out."
+        )
     return sorted(records, key=lambda record: record["step"])
 
 

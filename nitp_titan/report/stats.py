@@ -26,17 +26,22 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return moving_average(values, 2 * max(1, round(len(values) * _SMOOTHING_SHARE / 2)) + 1)
 
 
-def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int, float]]:
+def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int, float]] | None:
     """The three phases of the NITP loss (Fig. 5): where it starts, its low, its hump and its end.
 
     Returns:
         ``{"start", "collapse", "hump", "end"}`` -> (step, smoothed value; the start is not
         smoothed): the collapse is the minimum of the first half, the hump the maximum after it.
+        None if there is no collapse, to less than half of the start.
     """
+    if len(values) < 3:
+        return None
     smooth = smoothed(values)
     middle = len(smooth) // 2
     low = min(range(middle + 1), key=smooth.__getitem__)
     hump = max(range(low, len(smooth)), key=smooth.__getitem__)
+    if smooth[low] >= values[0] / 2:
+        return None
     marks = {"start": 0, "collapse": low, "hump": hump, "end": len(smooth) - 1}
     return {name: (steps[index], smooth[index] if name != "start" else values[0]) for name, index in marks.items()}
 
@@ -99,9 +104,7 @@ FIGURES = [
     ),
     Figure("probe cosine", "", ".3f", lambda run, step: last(run.probe_series("hidden", "cosine", until=step))),
     Figure("tokens/s", "", ",.0f", _tokens_per_second, compared=False),
-    Figure(
-        "memory GiB", "", ".2f", lambda run, step: last(run.series("memory_gib", until=step)), compared=False
-    ),
+    Figure("memory GiB", "", ".2f", lambda run, step: last(run.series("memory_gib", until=step)), compared=False),
 ]
 
 
