@@ -137,7 +137,7 @@ def _write_jsonl(path: Path, documents: list[dict[str, str]]) -> int:
     return path.stat().st_size
 
 
-def prepare_stdlib_assets(folder: Path) -> dict:
+def prepare_stdlib_assets(folder: Path, vocab_size: int = VOCAB_SIZE) -> dict:
     """Write corpus and tokenizer into ``folder``, unless this Python already did.
 
     Files: ``train.jsonl``, ``validation.jsonl`` (fields ``name`` and ``text``),
@@ -148,7 +148,7 @@ def prepare_stdlib_assets(folder: Path) -> dict:
         The manifest: Python version, documents and bytes per split; ``"new"`` says
         whether anything was written.
     """
-    version = {"format": _FORMAT, "python": sys.version}
+    version = {"format": _FORMAT, "python": sys.version, "vocab_size": vocab_size}
     manifest_path = folder / "manifest.json"
     if manifest_path.is_file():
         manifest = json.loads(manifest_path.read_text())
@@ -168,7 +168,7 @@ def prepare_stdlib_assets(folder: Path) -> dict:
         for split, docs in splits.items():
             size = _write_jsonl(draft / f"{split}.jsonl", docs)
             manifest[split] = {"documents": len(docs), "bytes": size}
-        tokenizer = train_tokenizer([doc["text"] for doc in splits["train"]])
+        tokenizer = train_tokenizer([doc["text"] for doc in splits["train"]], vocab_size)
         tokenizer.save(str(draft / "tokenizer.json"))
         tokenizer_config = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -191,8 +191,8 @@ class GeometryMeter:
         """Reduce the sums; a collective of all ranks.
 
         Returns:
-            Figures of `geometry.describe` by state on ``metrics_rank``, nothing elsewhere. States that
-            are not finite are left out with a warning.
+            Figures of `geometry.describe` by state on ``metrics_rank``, nothing elsewhere. States without
+            a valid token or that are not finite are left out with a warning.
         """
         self.active = False
         figures = {}
@@ -211,12 +211,13 @@ class GeometryMeter:
     def _described(self, state: str, moments: Moments, pairs: Tensor) -> dict[str, Any] | None:
         first, second = pairs.chunk(2)
         valid = (first[:, -1] > 0) & (second[:, -1] > 0)
+        figures, reason = None, "not finite"
         try:
             figures = describe(moments, (first[:, :-1], second[:, :-1], valid))
         except torch.linalg.LinAlgError as error:
-            figures, reason = None, str(error)
-        else:
-            reason = "not finite"
+            reason = str(error)
+        if figures is not None and figures["tokens"] == 0:
+            figures, reason = None, "no valid token was seen"
         if figures is None:
             logger.warning(f"geometry of {state}: {reason}; left out.")
         return figures

@@ -109,8 +109,8 @@ class NITPMetrics(MetricsProcessor):
         if self.console is not None and figures:
             self.probe_file.append({"step": step, **figures})
             self.logger.log(_scalars("probe", figures), step)
-            shown = f"effective_rank {figures[HIDDEN]['effective_rank']:.2f}  cosine {figures[HIDDEN]['cosine']:.4f}"
-            logger.info(f"probe step {step}  {shown}")
+            if hidden := figures.get(HIDDEN):
+                logger.info(f"probe step {step}  erank {hidden['effective_rank']:.2f}  cos {hidden['cosine']:.4f}")
 
     def log(
         self,

@@ -1,19 +1,23 @@
 """Make the local corpus and tokenizer: real text from Python's standard library.
 
-python scripts/prepare_assets.py [--out assets/stdlib]
+python scripts/prepare_assets.py [--out assets/stdlib] [--vocab-size 4096]
 """
 
 import argparse
 from pathlib import Path
 
-from nitp_titan.assets import prepare_stdlib_assets
+from nitp_titan.assets import prepare_stdlib_assets, VOCAB_SIZE
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("assets/stdlib"))
-    out = parser.parse_args().out
-    manifest = prepare_stdlib_assets(out)
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="entries of the tokenizer")
+    arguments = parser.parse_args()
+    if arguments.vocab_size < 258:
+        parser.error(f"--vocab-size {arguments.vocab_size}: at least 258, all bytes and two special tokens")
+    out = arguments.out
+    manifest = prepare_stdlib_assets(out, arguments.vocab_size)
     state = "wrote" if manifest["new"] else "already there:"
     for split in ("train", "validation"):
         counts = manifest[split]

@@ -1,6 +1,7 @@
 """Which of the paper's mechanisms show on a small model? Train recipes/study/ with several seeds and print the table.
 
-python scripts/study.py                     # everything, about an hour on 2 cores; goes on where it stopped
+python scripts/study.py                     # about an hour on 2 cores; goes on where it stopped
+python scripts/study.py --all               # with longer training and a larger vocabulary, about three hours
 python scripts/study.py --arm ntp --arm nitp --seed 1
 python scripts/study.py --report            # the table of what is there already
 """
@@ -18,9 +19,12 @@ from nitp_titan.assets import prepare_stdlib_assets
 from nitp_titan.config import exit_with, nearest, UserError
 from nitp_titan.launch import Arm
 from nitp_titan.metrics import time_left
-from nitp_titan.study import read_study, table
+from nitp_titan.report.study import mechanisms_table, read_study
 
 SEEDS = (1, 2, 3)
+# Beyond the hour: does the sign of an effect change?
+LONGER = {"ntp_long", "nitp_long", "ntp_vocab_16k", "nitp_vocab_16k"}
+LARGE_VOCABULARY = ("assets/stdlib_16k", 16384)
 # Gradient spikes show at single steps only.
 FLAGS = ["--metrics.log_freq", "1", "--geometry.interval", "25", "--validator.freq", "100"]
 
@@ -49,6 +53,7 @@ class Progress:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", action="append", help="a recipe of recipes/study, by name; repeat (default: all)")
+    parser.add_argument("--all", action="store_true", help="the recipes that take longer, too")
     parser.add_argument("--seed", action="append", type=int, help="repeat (default: 1, 2 and 3)")
     parser.add_argument("--parallel", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("outputs/study"), help="folder of all runs")
@@ -61,10 +66,11 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     if not 1 <= arguments.parallel <= cores:
         raise UserError(f"--parallel {arguments.parallel}: 1 to {cores}, the number of cores.")
-    names, seeds = arguments.arm or available, arguments.seed or SEEDS
+    names = arguments.arm or [name for name in available if arguments.all or name not in LONGER]
+    seeds = arguments.seed or SEEDS
     if not arguments.report:
         train(names, seeds, arguments.out, arguments.parallel)
-    print("\n" + table(read_study(arguments.out)))
+    print("\n" + mechanisms_table(read_study(arguments.out)))
 
 
 def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
@@ -73,6 +79,9 @@ def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
     Runs share no core, or their OpenMP threads would wait for each other ten times as long as they compute.
     """
     manifest = prepare_stdlib_assets(Path("assets/stdlib"))
+    if any("vocab_16k" in name for name in names):
+        folder, vocab_size = LARGE_VOCABULARY
+        prepare_stdlib_assets(Path(folder), vocab_size)
     arms = [
         Arm(
             name=f"{name} seed {seed}",

@@ -83,6 +83,20 @@ def test_cuda_graphs_see_the_start_step_and_the_counts_of_each_step(tmp_path):
     assert [norms["projector"] > 0 for norms in graphs[1]] == [False] * 4 + [True] * 2
 
 
+@pytest.mark.technique("geometry between CUDA graphs (GPU)", "dense", "1 GPU")
+def test_steps_that_measure_geometry_stand_between_replayed_ones(eager, tmp_path):
+    geometry = {"enable": True, "interval": 2, "layers": True}
+    graphs = _train(tmp_path / "graphs", training={"disable_cuda_graphs": False}, geometry=geometry)
+    _check_close(graphs, eager, loss=1e-3, gradient=1e-2)
+    _train(tmp_path / "eager", geometry=geometry)
+    ours, expected = (read_records(tmp_path / name / "geometry.jsonl") for name in ("graphs", "eager"))
+    assert [record["step"] for record in ours] == [record["step"] for record in expected] == [1, 2, 4, 6]
+    for record, other in zip(ours, expected):
+        for state in set(other) - {"step"}:
+            for figure in ("effective_rank", "rankme", "participation_ratio", "cosine", "cosine_sampled"):
+                assert record[state][figure] == pytest.approx(other[state][figure], rel=1e-2, abs=1e-3), state
+
+
 @pytest.mark.technique("activation checkpointing", "dense", "memory-budget AC, 1 GPU")
 def test_memory_budget_checkpointing_agrees_with_eager(eager, tmp_path):
     budget = MemoryBudgetAC.Config(memory_budget=0.3)

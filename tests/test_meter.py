@@ -171,6 +171,15 @@ def test_states_that_are_not_finite_do_not_stop_a_run(tmp_path, assets, caplog):
     assert "geometry of layer_2: not finite; left out." in caplog.text
 
 
+def test_a_state_without_a_valid_token_is_left_out(tmp_path, assets, caplog):
+    config = make_config(tmp_path, documents="single", geometry={"enable": True}, training={"steps": 1})
+    with caplog.at_level("WARNING"):
+        train(config)
+    (record,) = read_records(tmp_path / "geometry.jsonl")
+    assert sorted(record) == ["hidden", "step"] and record["hidden"]["tokens"] > 0
+    assert "geometry of target: no valid token was seen; left out." in caplog.text
+
+
 def test_pairs_are_of_different_sequences_and_follow_the_seed():
     sequences, positions = sample_pairs(500, 3, 16, seed=5)
     first, second = sequences.chunk(2)

@@ -76,7 +76,7 @@ def test_every_shipped_recipe_loads_on_every_train_config_meant_for_it(name):
     assert machines
     for train_config in machines:
         config = config_registry.load(f"{name}@{train_config}")
-        assert config.nitp.enabled == ("/ntp_" not in name)
+        assert config.nitp.enabled == (not name.rpartition("/")[2].startswith("ntp"))
 
 
 def test_every_train_config_names_recipes_that_exist():

@@ -96,6 +96,8 @@ _SHAPES = {
     "debug": dict(**_DEBUG, tied=True),
     # TorchTitan does not pipeline tied embeddings.
     "debug_untied": dict(**_DEBUG, tied=False),
+    # The mechanism study's larger vocabulary.
+    "debug_16k": dict(**{**_DEBUG, "vocab_size": 16384}, tied=True),
     "0.5B": dict(**_PAPER, dim=896, n_layers=24, n_heads=14, n_kv_heads=2, hidden_dim=4864),
     "2B": dict(**_PAPER, dim=1792, n_layers=28, n_heads=14, n_kv_heads=2, hidden_dim=10752),
     "3B": dict(**_PAPER, dim=2560, n_layers=28, n_heads=20, n_kv_heads=4, hidden_dim=10240),

@@ -1,6 +1,0 @@
-def read_study(*a):
-    return []
-
-
-def table(*a):
-    return ""
