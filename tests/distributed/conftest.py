@@ -48,8 +48,9 @@ class Figures:
         errors = sorted(self.folder.glob(f"{name}.*.error"))
         assert not errors, f"{name}: {errors[0].read_text()[-3000:]}"
         figures = json.loads((self.folder / f"{name}.json").read_text())
-        files = {"records": "metrics.jsonl", "geometry": "geometry.jsonl"}
-        return figures | {key: read_records(self.folder / name / file) for key, file in files.items()}
+        files = {"records": "metrics.jsonl", "geometry": "geometry.jsonl", "probe": "probe.jsonl"}
+        paths = {key: self.folder / name / file for key, file in files.items()}
+        return figures | {key: read_records(path) if path.exists() else [] for key, path in paths.items()}
 
     def _train(self, ranks: int) -> None:
         if ranks in self.trained:
@@ -94,14 +95,15 @@ def differences(figures):
             for key in sorted({"ntp_loss", "nitp_loss"} & {*record, *expected}):
                 check(f"step {step} {key}", record[key], expected[key], tolerance=loss)
         assert len(ours["geometry"]) == len(one["geometry"]) == 2
-        for geometry, expected in zip(ours["geometry"], one["geometry"]):
-            step = geometry.pop("step")
-            assert list(geometry) == [state for state in expected if state != "step"]
-            for state, figures_of_state in geometry.items():
-                for figure, value in figures_of_state.items():
-                    if figure != "spectrum":
-                        close = {"rel": max(1e-5, 10 * gradient), "tolerance": max(1e-6, gradient)}
-                        check(f"step {step} {figure} of {state}", value, expected[state][figure], **close)
+        assert len(ours["probe"]) == len(one["probe"]) == int("validator" in layout.sections)
+        close = {"rel": max(1e-5, 10 * gradient), "tolerance": max(1e-6, gradient)}
+        for kind in ("geometry", "probe"):
+            for record, expected in zip(ours[kind], one[kind]):
+                assert list(record) == list(expected)
+                for state in set(record) - {"step"}:
+                    for figure in set(record[state]) - {"spectrum"}:
+                        what = f"step {record['step']} {kind} {figure} of {state}"
+                        check(what, record[state][figure], expected[state][figure], **close)
         check("weights", ours["weights"], one["weights"], rel=0.1 * gradient)
         return found
 

@@ -73,6 +73,8 @@ def run_layout(folder: Path, layout: Layout) -> dict:
         run.step = step
         run.train_step(batches)
         norms.append(gradient_norms(run))
+    if config.validator.enable:
+        run.validator.validate(run.model_parts, run.step)
     figures = {"norms": norms, "weights": weight_norm(run), "linears": linear_types(run)}
     run.close()
     return figures

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from helpers import PackedDataLoader
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 
 from nitp_titan.cpu import DENSE_ATTENTION
@@ -115,6 +116,21 @@ def _add(
 def _one(name: str, **settings) -> None:
     """Register a reference."""
     _add(name, 1, "", reference=name.partition("/")[2], **settings)
+
+
+def _validated() -> None:
+    """The probe of the validation data, which is made of whole batches of the same samples in every layout."""
+    technique = "geometry of validation tokens"
+    validator = {"validator": {"enable": True, "steps": 2, "dataloader": PackedDataLoader.Config()}}
+    _one("dense/one, validated", **validator)
+    for what, degrees in (
+        ("FSDP 2", {"batch": 2}),
+        ("TP 2", {"tp": 2}),
+        ("CP 2 head-tail", {"cp": 2}),
+        ("PP 2 1F1B", {"pp": 2, "schedule": "1F1B"}),
+    ):
+        name = f"dense/{what}, validated"
+        _add(name, 2, technique, reference="one, validated", label=what, **degrees, **validator)
 
 
 def _parallelisms() -> None:
@@ -362,5 +378,6 @@ _techniques()
 _low_precision()
 _families()
 _documents()
+_validated()
 _controls()
 _wrong_upstream()
