@@ -24,6 +24,9 @@ class PackedDataLoader(BaseDataLoader):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         vocab_size: int = 4096
+        infinite: bool = True
+        """TorchTitan's validator sets it; there is no end either way."""
+
         documents: str = "packed"
         """Lengths: ``packed`` up to 40, ``whole`` sequences, ``single`` tokens, single tokens in every ``odd`` sample
         or in the ``first half`` of each; ``odd ignored``: packed, and odd samples have no label."""
