@@ -158,5 +158,5 @@ def test_the_quickstart_deletes_no_folder_that_it_did_not_make(assets, tmp_path)
     command = [sys.executable, "scripts/quickstart.py", "--steps", "3", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path}/ntp was not made by the quickstart; choose another folder with --out.\n"
+    assert done.stderr == f"error: {tmp_path}/ntp is not the folder of this run; choose another one with --out.\n"
     assert (tmp_path / "ntp/mine.txt").read_text() == "mine"

@@ -87,7 +87,7 @@ def _distance(settings, prediction, target):
     return (teacher * (teacher.log() - student.log())).sum()
 
 
-def _naive(settings: NITPConfig):
+def _naive(settings: NITPConfig, *, weight: float | None = None):
     h, z, head, positions, labels = _batch()
     for leaf in (h, z, head):
         leaf.requires_grad_()
@@ -116,7 +116,7 @@ def _naive(settings: NITPConfig):
             target = z[row, successor].detach() if settings.stop_gradient else z[row, successor]
             terms.append(_distance(settings, project(h[row, t]), target))
     auxiliary = torch.stack(terms).mean()
-    (ntp + settings.weight * auxiliary).backward()
+    (ntp + (settings.weight if weight is None else weight) * auxiliary).backward()
     gradients = {"h": h.grad, "head": head.grad, "z": z.grad}
     gradients |= {name: parameter.grad for name, parameter in projector.named_parameters()}
     return ntp.detach(), auxiliary.detach(), gradients
@@ -166,7 +166,7 @@ def test_before_the_start_step_the_term_is_measured_and_not_trained():
     settings = NITPConfig(weight=3.0, target_layer=1)
     loss, parts, gradients = _component(settings, weight=0.0)
     _, auxiliary, _ = _naive(settings)
-    _, _, without = _naive(NITPConfig(weight=0.0, target_layer=1))
+    _, _, without = _naive(settings, weight=0.0)
     torch.testing.assert_close(parts[1], auxiliary, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss, parts[0])
     _assert_same(gradients["h"], without["h"], "h")
