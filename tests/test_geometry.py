@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nitp_titan.geometry import (
     average_cosine,
@@ -178,6 +179,29 @@ def test_sums_of_two_parts_are_the_sums_of_the_whole():
     for name, total in zip(("counts", "sum", "direction", "outer"), whole.tensors()):
         added = sum(part.tensors()[["counts", "sum", "direction", "outer"].index(name)] for part in parts)
         assert_allclose(added.numpy(), total.numpy(), rtol=1e-12, err_msg=name)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest storage that an operator makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+        return result
+
+
+def test_memory_does_not_grow_with_the_number_of_tokens():
+    dim, largest = 32, []
+    for tokens in (4096, 40_000):
+        cloud, valid, moments = gaussian(tokens, dim), torch.ones(tokens, dtype=torch.bool), Moments.zeros(dim)
+        with Largest() as seen:
+            moments.add(cloud, valid)
+        largest.append(seen.bytes)
+    assert largest[0] == largest[1] == 4096 * dim * 8
 
 
 def test_the_spectrum_is_the_share_of_the_variance_by_rank():

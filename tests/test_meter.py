@@ -1,6 +1,7 @@
 """What a training run measures, against numpy on the states that hooks see."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -110,6 +111,23 @@ def test_measuring_changes_no_bit_of_the_training(measured, tmp_path):
     ]
     assert losses[0] == losses[1]
     assert not (tmp_path / "geometry.jsonl").exists()
+
+
+def test_measuring_takes_less_than_half_a_percent_of_the_time_at_the_default_interval(tmp_path, assets):
+    """Every second step measures; the medians of both kinds tell what one measurement costs."""
+    training = {"steps": 24, "local_batch_size": 16, "global_batch_size": 16}
+    trainer = make_config(tmp_path, training=training, geometry={"enable": True, "interval": 2}).build()
+    batches = trainer.batch_generator(trainer.dataloader)
+    seconds = []
+    for step in range(1, 25):
+        trainer.step = step
+        started = time.perf_counter()
+        trainer.train_step(batches)
+        seconds.append(time.perf_counter() - started)
+    trainer.close()
+    assert [record["step"] for record in read_records(tmp_path / "geometry.jsonl")] == [1, *range(2, 25, 2)]
+    plain, measuring = np.median(seconds[2::2]), np.median(seconds[3::2])
+    assert (measuring - plain) / GeometryConfig().interval < 0.005 * plain
 
 
 def test_ntp_alone_is_measured_too_and_keeps_its_weights(tmp_path, assets):

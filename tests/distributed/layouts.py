@@ -6,8 +6,10 @@ PORTS.json holds ``{name: free port}``; a name is that of a layout, or ``seeds/<
 """
 
 import dataclasses
+import faulthandler
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -89,13 +91,18 @@ def linear_types(run: trainer.NITPTrainer) -> dict[str, str]:
 def in_child(path: Path, port: int, work: Callable[[], dict | None]) -> None:
     """Do some work in a forked process: TorchTitan's meshes are globals, its import takes seconds.
 
-    Rank 0 writes what the work returns to ``path``, any rank the reason of its failure beside it.
+    Rank 0 writes what the work returns to ``path``. Beside it any rank writes ``.<rank>.error``, the reason of
+    its failure, or ``.<rank>.signal``, what ended its process from outside of Python.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child:
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            path.with_suffix(f".{os.environ['RANK']}.signal").write_text(signal.Signals(os.WTERMSIG(status)).name)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Where it was goes to stderr, which the launch's log keeps.
+    faulthandler.enable()
     try:
         os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
         result = work()

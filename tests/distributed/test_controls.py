@@ -1,7 +1,15 @@
 """The comparison fails for mistakes made on purpose, and for what is refused because TorchTitan has it wrong."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from helpers import make_config
+from layouts import in_child
 from matrix import LAYOUTS
 
 from nitp_titan.config import UserError
@@ -51,3 +59,36 @@ def test_what_is_refused_as_wrong_upstream_still_is(differences, layout, tmp_pat
     assert any("gradient of rest" in found for found in differences(layout))
     with pytest.raises(UserError, match=r"TorchTitan 0.3.0 gets .* wrong"):
         check_layout(make_config(tmp_path, **LAYOUTS[layout].sections), LAYOUTS[layout].ranks)
+
+
+def test_a_process_ended_from_outside_leaves_the_signal(tmp_path):
+    in_child(tmp_path / "lost.json", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("lost.0.signal", "SIGKILL")]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_layout_that_lost_a_process_is_trained_once_more_and_no_more(figures, tmp_path, monkeypatch, times):
+    """Rank 1 ends in the first launches; rank 0 then reports that its peer is gone."""
+    name, launches = "dense/FSDP 2", []
+
+    def launch(ranks, worker, folder, ports):
+        names = json.loads(Path(ports).read_text())
+        launches.append(list(names))
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        if name in names and len([one for one in launches if name in one]) <= times:
+            path.with_suffix(".1.signal").write_text("SIGSEGV")
+            path.with_suffix(".0.error").write_text("Connection closed by peer")
+        elif name in names:
+            path.write_text('{"norms": []}')
+        return subprocess.CompletedProcess([], 0, "", "Fatal Python error")
+
+    monkeypatch.setattr(sys.modules[type(figures).__module__], "torchrun", launch)
+    ours = type(figures)(tmp_path, {name: LAYOUTS[name]})
+    with pytest.warns(UserWarning, match="SIGSEGV(.|\n)*Fatal Python error"):
+        if times == 1:
+            assert ours[name]["norms"] == []
+        else:
+            with pytest.raises(AssertionError, match="SIGSEGV"):
+                ours[name]
+    assert launches == [["seeds/dense"], [name], [name]]
