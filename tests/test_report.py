@@ -9,7 +9,7 @@ import pytest
 from report_runs import three_phases, write_run
 
 from nitp_titan.config import UserError
-from nitp_titan.report import figures
+from nitp_titan.report import drawing, figures
 from nitp_titan.report.page import Report
 from nitp_titan.report.runs import common_step, differences, read_arms
 from nitp_titan.report.stats import bootstrap_interval, difference, FIGURES, moving_average, phases, smoothed
@@ -210,7 +210,7 @@ def test_the_tables_have_mean_range_difference_and_overhead(seeds):
 def test_every_figure_is_a_file_and_in_the_page(seeds):
     report = Report(arms_of(seeds / "ntp", seeds / "nitp"))
     report.write(seeds / "out")
-    names = [drawing.name for drawing in report.drawings]
+    names = [one.name for one in report.drawings]
     assert {"ntp_loss", "validation_ntp_loss", "nitp_loss", "effective_rank", "cosine", "spectra"} < set(names)
     assert {"layers_effective_rank", "learning_rate", "throughput", "probe_effective_rank"} < set(names)
     for name in names:
@@ -229,7 +229,7 @@ def test_the_page_asks_for_nothing_and_takes_the_colours_of_the_reader(seeds):
     hrefs = {part.split('"')[0] for part in page.split('href="')[1:]}
     assert all(href.startswith(("#", "data:")) for href in hrefs)
     assert "prefers-color-scheme: dark" in page and "currentColor" in page
-    assert figures._INK not in page and figures._GRID not in page
+    assert drawing._INK not in page and drawing._GRID not in page
 
 
 def test_names_cannot_break_the_page(tmp_path):
@@ -263,7 +263,7 @@ def test_the_records_of_a_training_run_are_what_the_report_reads(tmp_path, asset
 
     train(make_config(tmp_path / "run", geometry={"enable": True, "interval": 1, "layers": True}))
     (arm,) = read_arms([str(tmp_path / "run")])[0]
-    names = {drawing.name for drawing in figures.drawings([arm])}
+    names = {one.name for one in figures.drawings([arm])}
     assert {"ntp_loss", "nitp_loss", "effective_rank", "cosine", "target_effective_rank", "spectra"} < names
     assert {"layers_effective_rank", "learning_rate", "throughput"} < names
     assert arm.runs[0].seed == 42 and not arm.is_ntp

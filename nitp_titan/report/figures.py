@@ -1,40 +1,122 @@
-"""Figures of a comparison, each as SVG that takes the colours of the page around it, and as PNG."""
+"""Which figures a comparison has, and what is drawn in each."""
 
-import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.runs import Arm, Run, Series
 from nitp_titan.report.stats import mean, phases, smoothed
 
 # Readable on white and on near-black; the first is the baseline's.
 COLORS = ("#7f8794", "#e0662f", "#3b86c8", "#2e9e6b", "#b768b0", "#c79a1e", "#4fb0b8", "#c4505f")
-# Stand-ins that become CSS in the SVG.
-_INK, _GRID = "#010203", "#010204"
-_CSS = {_INK: "currentColor", _GRID: "var(--grid)"}
-_SIZE = (5.0, 3.3)
 _SPECTRUM_STYLES = ("solid", "dashed", "dotted", "dashdot")
+# Figures of the last hidden state: key -> title and unit.
+_GEOMETRY = {
+    "effective_rank": ("Effective rank", "directions"),
+    "cosine": ("Average cosine similarity", "cosine, all pairs"),
+}
+# Side by side in one picture, as far as they were measured.
+OVERVIEW = ("ntp_loss", "nitp_loss", "effective_rank", "cosine")
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """One figure of the report."""
+def drawings(arms: Sequence[Arm], spectrum_steps: Sequence[int] = ()) -> list[Drawing]:
+    """All figures that the runs have data for."""
+    several = any(len(arm.runs) > 1 for arm in arms)
+    band = " Line: mean over seeds; band: smallest to largest." if several else ""
+    return [
+        *_losses(arms, band),
+        *_geometry(arms, band),
+        *_spectra(arms, spectrum_steps, several),
+        *_layers(arms),
+        *_training(arms, band),
+    ]
 
-    name: str
-    """Of its files."""
 
-    title: str
-    caption: str
-    draw: Callable[[Axes], None]
+def _losses(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
+    ntp, nitp = _logged("ntp_loss"), _logged("nitp_loss")
+    caption = "Cross-entropy of the training mini-batches, moving average." + band
+    if _any(arms, ntp):
+        draw = _zoomed(_curves(arms, ntp, smooth=True), arms, ntp, "nats per token")
+        yield Drawing("ntp_loss", "NTP loss", caption, draw)
+    if _any(arms, Run.validation_series):
+        draw = _zoomed(_curves(arms, Run.validation_series), arms, Run.validation_series, "nats per token")
+        yield Drawing(
+            "validation_ntp_loss", "Validation NTP loss", "Cross-entropy of the validation data." + band, draw
+        )
+    if _any(arms, nitp):
+        caption = "Moving average; dots mark the end of the collapse, the hump and the last step (Figure 5)." + band
+        yield Drawing("nitp_loss", "NITP loss", caption, _phases_marked(arms, nitp))
+
+
+def _geometry(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
+    for figure, (title, label) in _GEOMETRY.items():
+        caption = "Last hidden states of the training mini-batches (Figure 1, App. D)." + band
+        yield from _plain(arms, _measured("hidden", figure), figure, title, caption, label)
+    for figure, (title, label) in _GEOMETRY.items():
+        caption = "Last hidden states of the same validation tokens in every arm." + band
+        probe = _probed("hidden", figure)
+        yield from _plain(arms, probe, f"probe_{figure}", f"{title}, fixed tokens", caption, label)
+    yield from _plain(
+        arms,
+        _measured("target", "effective_rank"),
+        "target_effective_rank",
+        "Effective rank of the implicit target",
+        "It drifts where gradients reach the target." + band,
+        "directions",
+    )
+
+
+def _spectra(arms: Sequence[Arm], wanted: Sequence[int], several: bool) -> Iterator[Drawing]:
+    if steps := chosen_steps(arms, wanted):
+        lines = ", ".join(f"{style} at step {step:,}" for step, style in zip(steps, _SPECTRUM_STYLES))
+        whose = ", first seed of each arm: " if several else ": "
+        caption = f"Covariance of the last hidden states{whose}{lines}."
+        yield Drawing("spectra", "Eigenvalue spectrum", caption, _spectra_at(arms, steps))
+
+
+def _layers(arms: Sequence[Arm]) -> Iterator[Drawing]:
+    for figure, (title, label) in _GEOMETRY.items():
+        if any(_profile(run, figure) for arm in arms for run in arm.runs):
+            caption = "Output of every layer at the last measurement."
+            yield Drawing(f"layers_{figure}", f"{title} by layer", caption, _by_layer(arms, figure, label))
+
+
+def _training(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
+    caption = "The same line for every arm of a fair comparison."
+    yield from _plain(arms, _logged("lr"), "learning_rate", "Learning rate", caption, "learning rate")
+    speed = _logged("tokens_per_second")
+    if _any(arms, speed):
+        caption = "Tokens per second over all ranks, moving average." + band
+        draw = _labelled(_curves(arms, speed, smooth=True), "tokens/s", ylim=(0, None))
+        yield Drawing("throughput", "Throughput", caption, draw)
+    caption = "Before clipping, of NTP and NITP together; single steps." + band
+    yield from _plain(arms, _logged("grad_norm"), "gradient_norm", "Gradient norm", caption, "norm", yscale="log")
+
+
+def _plain(
+    arms: Sequence[Arm], of: Callable[[Run], Series], name: str, title: str, caption: str, label: str, **limits
+) -> Iterator[Drawing]:
+    """The curves of a figure as they are, if a run has it."""
+    if _any(arms, of):
+        yield Drawing(name, title, caption, _labelled(_curves(arms, of), label, **limits))
+
+
+def _logged(key: str) -> Callable[[Run], Series]:
+    return lambda run: run.series(key)
+
+
+def _measured(state: str, figure: str) -> Callable[[Run], Series]:
+    return lambda run: run.geometry_series(state, figure)
+
+
+def _probed(state: str, figure: str) -> Callable[[Run], Series]:
+    return lambda run: run.probe_series(state, figure)
+
+
+def _any(arms: Sequence[Arm], of: Callable[[Run], Series]) -> bool:
+    return any(of(run)[0] for arm in arms for run in arm.runs)
 
 
 def color(arms: Sequence[Arm], arm: Arm) -> str:
@@ -42,72 +124,7 @@ def color(arms: Sequence[Arm], arm: Arm) -> str:
     return COLORS[arms.index(arm) % len(COLORS)]
 
 
-def svg(drawing: Drawing) -> str:
-    """The figure as an SVG element, without XML header, whose lines and texts follow the page's colours."""
-    with pyplot.rc_context(_style(_INK, _GRID) | {"svg.fonttype": "none", "svg.hashsalt": drawing.name}):
-        stream = io.StringIO()
-        _figure(drawing).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    for stand_in, css in _CSS.items():
-        text = text.replace(stand_in, css)
-    head, _, rest = text.partition(">")
-    view_box = head.partition('viewBox="')[2].partition('"')[0]
-    # Without a size of its own it fits the page.
-    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg class="chart" role="img" aria-label="{escape(drawing.title)}" viewBox="{view_box}" {names}>{rest}'
-
-
-def write_overview(drawings: Sequence[Drawing], path: Path) -> None:
-    """Write losses, effective rank and cosine, as far as they were measured, side by side as PNG."""
-    shown = [drawing for name in _OVERVIEW for drawing in drawings if drawing.name == name]
-    with pyplot.rc_context(_PRINTED):
-        figure = matplotlib.figure.Figure(figsize=(_SIZE[0] * len(shown) * 0.8, _SIZE[1]), layout="constrained")
-        for axes, drawing in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
-            drawing.draw(axes)
-            axes.set_title(drawing.title, fontsize=10, loc="left")
-        axes.legend()
-        figure.savefig(path, dpi=130)
-
-
-def write_files(drawing: Drawing, folder: Path) -> None:
-    """Write ``<name>.png`` and ``<name>.svg``, black on white."""
-    with pyplot.rc_context(_PRINTED | {"svg.hashsalt": drawing.name}):
-        figure = _figure(drawing)
-        figure.axes[0].set_title(drawing.title, fontsize=10, loc="left")
-        figure.savefig(folder / f"{drawing.name}.png", dpi=160)
-        figure.savefig(folder / f"{drawing.name}.svg", metadata={"Date": None})
-
-
-def _style(ink: str, grid: str) -> dict:
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return {
-        **dict.fromkeys(inked, ink),
-        "grid.color": grid,
-        "axes.grid": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 9,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-        "lines.linewidth": 1.6,
-    }
-
-
-_PRINTED = _style("#1b1f24", "#d8dce2")
-_OVERVIEW = ("ntp_loss", "nitp_loss", "effective_rank", "cosine")
-
-
-def _figure(drawing: Drawing):
-    figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    drawing.draw(axes)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
-    return figure
-
-
-def _curves(arms: Sequence[Arm], of: Callable[[Run], Series], *, smooth: bool) -> Callable[[Axes], None]:
+def _curves(arms: Sequence[Arm], of: Callable[[Run], Series], *, smooth: bool = False) -> Callable[[Axes], None]:
     """Mean of each arm's runs with the band from their smallest to their largest value."""
 
     def draw(axes: Axes) -> None:
@@ -143,10 +160,10 @@ def _aligned(series: Sequence[Series]) -> tuple[list[int], list[list[float]]]:
     return steps, [[table[step] for step in steps] for table in tables]
 
 
-def _scaled(draw: Callable[[Axes], None], arms: Sequence[Arm], of: Callable[[Run], Series], label: str):
+def _zoomed(draw: Callable[[Axes], None], arms: Sequence[Arm], of: Callable[[Run], Series], label: str):
     """Look at the part after the steep start: the axis ends a little above the later values."""
 
-    def scaled(axes: Axes) -> None:
+    def zoomed(axes: Axes) -> None:
         draw(axes)
         later = [v for arm in arms for run in arm.runs for v in of(run)[1][len(of(run)[1]) // 8 :] if math.isfinite(v)]
         if later:
@@ -154,7 +171,7 @@ def _scaled(draw: Callable[[Axes], None], arms: Sequence[Arm], of: Callable[[Run
             axes.set_ylim(low - 0.04 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
         axes.set_ylabel(label)
 
-    return scaled
+    return zoomed
 
 
 def _labelled(draw: Callable[[Axes], None], label: str, **limits) -> Callable[[Axes], None]:
@@ -166,14 +183,14 @@ def _labelled(draw: Callable[[Axes], None], label: str, **limits) -> Callable[[A
     return labelled
 
 
-def _nitp_loss(arms: Sequence[Arm]) -> Callable[[Axes], None]:
-    curves = _curves(arms, lambda run: run.series("nitp_loss"), smooth=True)
+def _phases_marked(arms: Sequence[Arm], of: Callable[[Run], Series]) -> Callable[[Axes], None]:
+    curves = _curves(arms, of, smooth=True)
 
     def draw(axes: Axes) -> None:
         curves(axes)
         named = False
         for arm in arms:
-            steps, rows = _aligned([run.series("nitp_loss") for run in arm.runs])
+            steps, rows = _aligned([of(run) for run in arm.runs])
             marks = phases(steps, [mean(column) for column in zip(*rows)])
             if marks is None:
                 continue
@@ -187,7 +204,7 @@ def _nitp_loss(arms: Sequence[Arm]) -> Callable[[Axes], None]:
     return draw
 
 
-def _spectra(arms: Sequence[Arm], steps: Sequence[int]) -> Callable[[Axes], None]:
+def _spectra_at(arms: Sequence[Arm], steps: Sequence[int]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for arm in arms:
             by_step = {record["step"]: record for record in arm.runs[0].geometry if _has_spectrum(record)}
@@ -220,7 +237,7 @@ def chosen_steps(arms: Sequence[Arm], wanted: Sequence[int] = ()) -> list[int]:
     return sorted(nearest, reverse=True)[: len(_SPECTRUM_STYLES)]
 
 
-def _layers(arms: Sequence[Arm], figure: str, label: str) -> Callable[[Axes], None]:
+def _by_layer(arms: Sequence[Arm], figure: str, label: str) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for arm in arms:
             rows = [profile for run in arm.runs if (profile := _profile(run, figure))]
@@ -241,123 +258,3 @@ def _profile(run: Run, figure: str) -> dict[int, float]:
     states = run.geometry[-1] if run.geometry else {}
     layers = {int(s.removeprefix("layer_")): v for s, v in states.items() if s.startswith("layer_") and figure in v}
     return {number: values[figure] for number, values in layers.items()}
-
-
-def drawings(arms: Sequence[Arm], spectrum_steps: Sequence[int] = ()) -> list[Drawing]:
-    """All figures that the runs have data for."""
-    steps = chosen_steps(arms, spectrum_steps)
-    lines = ", ".join(f"{style} at step {step:,}" for step, style in zip(steps, _SPECTRUM_STYLES))
-    several = any(len(arm.runs) > 1 for arm in arms)
-    band = " Line: mean over seeds; band: smallest to largest." if several else ""
-
-    def curve(key: str) -> Callable[[Run], Series]:
-        return lambda run: run.series(key)
-
-    def geometry(state: str, figure: str) -> Callable[[Run], Series]:
-        return lambda run: run.geometry_series(state, figure)
-
-    def probe(figure: str) -> Callable[[Run], Series]:
-        return lambda run: run.probe_series("hidden", figure)
-
-    def has(of: Callable[[Run], Series]) -> bool:
-        return any(of(run)[0] for arm in arms for run in arm.runs)
-
-    ntp, validation = curve("ntp_loss"), Run.validation_series
-    planned = [
-        (
-            has(ntp),
-            "ntp_loss",
-            "NTP loss",
-            "Cross-entropy of the training mini-batches, moving average." + band,
-            _scaled(_curves(arms, ntp, smooth=True), arms, ntp, "nats per token"),
-        ),
-        (
-            has(validation),
-            "validation_ntp_loss",
-            "Validation NTP loss",
-            "Cross-entropy of the validation data." + band,
-            _scaled(_curves(arms, validation, smooth=False), arms, validation, "nats per token"),
-        ),
-        (
-            has(curve("nitp_loss")),
-            "nitp_loss",
-            "NITP loss",
-            "Moving average; dots mark the end of the collapse, the hump and the last step (Figure 5)." + band,
-            _nitp_loss(arms),
-        ),
-        *(
-            (
-                has(geometry("hidden", figure)),
-                figure,
-                title,
-                f"Last hidden states of the training mini-batches (Figure 1, App. D).{band}",
-                _labelled(_curves(arms, geometry("hidden", figure), smooth=False), label),
-            )
-            for figure, title, label in (
-                ("effective_rank", "Effective rank", "directions"),
-                ("cosine", "Average cosine similarity", "cosine, all pairs"),
-            )
-        ),
-        *(
-            (
-                has(probe(figure)),
-                f"probe_{figure}",
-                f"{title}, fixed tokens",
-                f"Last hidden states of the same validation tokens in every arm.{band}",
-                _labelled(_curves(arms, probe(figure), smooth=False), label),
-            )
-            for figure, title, label in (
-                ("effective_rank", "Effective rank", "directions"),
-                ("cosine", "Average cosine similarity", "cosine, all pairs"),
-            )
-        ),
-        (
-            has(geometry("target", "effective_rank")),
-            "target_effective_rank",
-            "Effective rank of the implicit target",
-            "It drifts where gradients reach the target." + band,
-            _labelled(_curves(arms, geometry("target", "effective_rank"), smooth=False), "directions"),
-        ),
-        (
-            bool(steps),
-            "spectra",
-            "Eigenvalue spectrum",
-            "Covariance of the last hidden states" + (", first seed of each arm: " if several else ": ") + lines + ".",
-            _spectra(arms, steps),
-        ),
-        *(
-            (
-                any(_profile(run, figure) for arm in arms for run in arm.runs),
-                f"layers_{figure}",
-                title,
-                "Output of every layer at the last measurement.",
-                _layers(arms, figure, label),
-            )
-            for figure, title, label in (
-                ("effective_rank", "Effective rank by layer", "directions"),
-                ("cosine", "Cosine by layer", "cosine, all pairs"),
-            )
-        ),
-        (
-            has(curve("lr")),
-            "learning_rate",
-            "Learning rate",
-            "The same line for every arm of a fair comparison.",
-            _labelled(_curves(arms, curve("lr"), smooth=False), "learning rate"),
-        ),
-        (
-            has(curve("tokens_per_second")),
-            "throughput",
-            "Throughput",
-            "Tokens per second over all ranks, moving average." + band,
-            _labelled(_curves(arms, curve("tokens_per_second"), smooth=True), "tokens/s", ylim=(0, None)),
-        ),
-        (
-            has(curve("grad_norm")),
-            "gradient_norm",
-            "Gradient norm",
-            "Before clipping, of NTP and NITP together; single steps." + band,
-            _labelled(_curves(arms, curve("grad_norm"), smooth=False), "norm", yscale="log"),
-        ),
-    ]
-    return [Drawing(*rest) for wanted, *rest in planned if wanted]

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.report import figures, runs
+from nitp_titan.report import drawing, figures, runs
 from nitp_titan.report.runs import Arm, common_step, Differences
 from nitp_titan.report.stats import Difference, difference, Figure, FIGURES, FINAL_SHARE, mean, phases
 
@@ -149,9 +149,10 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write ``index.html``, ``report.md``, every figure as PNG and SVG and the first ones as ``overview.png``."""
         folder.mkdir(parents=True, exist_ok=True)
-        for drawing in self.drawings:
-            figures.write_files(drawing, folder)
-        figures.write_overview(self.drawings, folder / "overview.png")
+        for one in self.drawings:
+            drawing.write_files(one, folder)
+        overview = [one for name in figures.OVERVIEW for one in self.drawings if one.name == name]
+        drawing.write_overview(overview, folder / "overview.png")
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
         (folder / "index.html").write_text(self.html(), encoding="utf-8")
 
@@ -171,7 +172,7 @@ class Report:
     def html(self) -> str:
         """The report as one page: no script, no request, the colours of the reader's scheme."""
         charts = "\n".join(
-            f"<figure>{figures.svg(d)}<figcaption><b>{escape(d.title)}.</b> {escape(d.caption)}</figcaption></figure>"
+            f"<figure>{drawing.svg(d)}<figcaption><b>{escape(d.title)}.</b> {escape(d.caption)}</figcaption></figure>"
             for d in self.drawings
         )
         boxes = ""

@@ -1,0 +1,94 @@
+"""How a figure of the report is rendered: as SVG that takes the colours of the page around it, and as files."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+# Stand-ins that become CSS in the SVG.
+_INK, _GRID = "#010203", "#010204"
+_CSS = {_INK: "currentColor", _GRID: "var(--grid)"}
+_SIZE = (5.0, 3.3)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure of the report."""
+
+    name: str
+    """Of its files."""
+
+    title: str
+    caption: str
+    draw: Callable[[Axes], None]
+
+
+def svg(drawing: Drawing) -> str:
+    """The figure as an SVG element, without XML header, whose lines and texts follow the page's colours."""
+    with pyplot.rc_context(_style(_INK, _GRID) | {"svg.fonttype": "none", "svg.hashsalt": drawing.name}):
+        stream = io.StringIO()
+        _figure(drawing).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    for stand_in, css in _CSS.items():
+        text = text.replace(stand_in, css)
+    head, _, rest = text.partition(">")
+    view_box = head.partition('viewBox="')[2].partition('"')[0]
+    # Without a size of its own it fits the page.
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg class="chart" role="img" aria-label="{escape(drawing.title)}" viewBox="{view_box}" {names}>{rest}'
+
+
+def write_overview(drawings: Sequence[Drawing], path: Path) -> None:
+    """Write figures side by side as one PNG with one legend."""
+    with pyplot.rc_context(_PRINTED):
+        size = (_SIZE[0] * len(drawings) * 0.8, _SIZE[1])
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        for axes, drawing in zip(figure.subplots(1, len(drawings), squeeze=False)[0], drawings):
+            drawing.draw(axes)
+            axes.set_title(drawing.title, fontsize=10, loc="left")
+        axes.legend()
+        figure.savefig(path, dpi=130)
+
+
+def write_files(drawing: Drawing, folder: Path) -> None:
+    """Write ``<name>.png`` and ``<name>.svg``, black on white."""
+    with pyplot.rc_context(_PRINTED | {"svg.hashsalt": drawing.name}):
+        figure = _figure(drawing)
+        figure.axes[0].set_title(drawing.title, fontsize=10, loc="left")
+        figure.savefig(folder / f"{drawing.name}.png", dpi=160)
+        figure.savefig(folder / f"{drawing.name}.svg", metadata={"Date": None})
+
+
+def _style(ink: str, grid: str) -> dict:
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    return {
+        **dict.fromkeys(inked, ink),
+        "grid.color": grid,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "lines.linewidth": 1.6,
+    }
+
+
+_PRINTED = _style("#1b1f24", "#d8dce2")
+
+
+def _figure(drawing: Drawing):
+    figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    drawing.draw(axes)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    return figure
