@@ -6,7 +6,6 @@ Suffixes: B batch, L (local) length, D model dim, P pairs.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import spmd_types as spmd
@@ -223,7 +222,6 @@ class GeometryMeter:
         return figures
 
 
-@cache
 def sample_pairs(num_pairs: int, num_sequences: int, seq_len: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random pairs of tokens of different sequences (App. D); of one sequence if there is no other.
 

@@ -15,7 +15,8 @@ from nitp_titan.report.study import MECHANISMS, mechanisms_table, read_study
 
 
 def _rows(table: str) -> dict[str, dict[str, str]]:
-    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    header, _, *lines = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {line[0]: dict(zip(header, line)) for line in lines}
 
 

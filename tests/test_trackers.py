@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import wandb
 from helpers import make_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -16,7 +17,6 @@ FIGURES = ("effective_rank", "rankme", "participation_ratio", "cosine", "cosine_
 @pytest.fixture(scope="module")
 def tracked(assets, tmp_path_factory):
     """Two steps with a validation under both trackers: the run folder, and what Weights & Biases was told."""
-    wandb = pytest.importorskip("wandb")
     folder = tmp_path_factory.mktemp("tracked")
     names = config_registry.load("debug/nitp_debug@cpu").metrics
     validator = make_config(folder, generated_data=False).validator

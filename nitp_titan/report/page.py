@@ -13,7 +13,8 @@ _NOTE = (
     f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of what was logged, "
     "validation and probe figures the last ones, tokens/s the median; ± is half the range over seeds. Probe figures "
     "are of the same validation tokens in every arm. Intervals are 95% bootstrap intervals of the mean difference over "
-    "pairs of the same seed; with three pairs such an interval goes from the smallest to the largest difference."
+    "pairs of the same seed; with three pairs such an interval goes from the smallest to the largest difference and "
+    "leaves out zero by chance alone in one comparison of four."
 )
 
 # What the summary speaks of: the first figure of each group that was measured.

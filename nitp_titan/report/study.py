@@ -10,6 +10,13 @@ from nitp_titan.report.stats import bootstrap_interval, final_mean, last, mean, 
 
 Value = Callable[[Run], float | None]
 
+_NOTE = (
+    "Value: mean over seeds (smallest to largest). Interval: 95% bootstrap of the mean difference over pairs of the "
+    "same seed; with three pairs it goes from the smallest to the largest difference. Seen: the interval leaves out "
+    "zero, or lies within 0.01 nats where a loss should be preserved. Three differences agree in their sign by chance "
+    "alone in one comparison of four."
+)
+
 
 def _hump_over_collapse(run: Run) -> float | None:
     marks = phases(*run.series("nitp_loss"))
@@ -145,13 +152,13 @@ def read_study(folder: Path) -> dict[str, Arm]:
 
 
 def mechanisms_table(arms: dict[str, Arm]) -> str:
-    """Markdown table of the mechanisms whose arms have finished runs."""
+    """Markdown table of the mechanisms whose arms have finished runs, and how to read it."""
     header = ["claim", "figure", "arm", "value", "baseline", "difference (95% interval)", "seeds", "seen"]
     rows = [row for mechanism in MECHANISMS if (row := _row(mechanism, arms))]
     if not rows:
         return "No claim has finished runs of both its arms yet."
     lines = [header, ["---"] * 3 + ["---:"] * 4 + ["---"], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{_NOTE}"
 
 
 def _row(mechanism: Mechanism, arms: dict[str, Arm]) -> list[str] | None:
