@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 
 from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.runs import Arm, Run, Series
@@ -12,10 +13,10 @@ from nitp_titan.report.stats import mean, phases, smoothed
 # Readable on white and on near-black; the first is the baseline's.
 COLORS = ("#7f8794", "#e0662f", "#3b86c8", "#2e9e6b", "#b768b0", "#c79a1e", "#4fb0b8", "#c4505f")
 _SPECTRUM_STYLES = ("solid", "dashed", "dotted", "dashdot")
-# Figures of the last hidden state: key -> title and unit.
+# Figures of a state: key -> title, unit and what is special about its axis over steps.
 _GEOMETRY = {
-    "effective_rank": ("Effective rank", "directions"),
-    "cosine": ("Average cosine similarity", "cosine, all pairs"),
+    "effective_rank": ("Effective rank", "directions", {"log": True}),
+    "cosine": ("Average cosine similarity", "cosine, all pairs", {}),
 }
 # Side by side in one picture, as far as they were measured.
 OVERVIEW = ("ntp_loss", "nitp_loss", "effective_rank", "cosine")
@@ -51,13 +52,12 @@ def _losses(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
 
 
 def _geometry(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
-    for figure, (title, label) in _GEOMETRY.items():
-        caption = "Last hidden states of the training mini-batches (Figure 1, App. D)." + band
-        yield from _plain(arms, _measured("hidden", figure), figure, title, caption, label)
-    for figure, (title, label) in _GEOMETRY.items():
-        caption = "Last hidden states of the same validation tokens in every arm." + band
-        probe = _probed("hidden", figure)
-        yield from _plain(arms, probe, f"probe_{figure}", f"{title}, fixed tokens", caption, label)
+    for of, prefix, where, caption in (
+        (_measured, "", "", "Last hidden states of the training mini-batches (Figure 1, App. D)."),
+        (_probed, "probe_", ", fixed tokens", "Last hidden states of the same validation tokens in every arm."),
+    ):
+        for figure, (title, label, axis) in _GEOMETRY.items():
+            yield from _plain(arms, of("hidden", figure), prefix + figure, title + where, caption + band, label, **axis)
     yield from _plain(
         arms,
         _measured("target", "effective_rank"),
@@ -65,6 +65,7 @@ def _geometry(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
         "Effective rank of the implicit target",
         "It drifts where gradients reach the target." + band,
         "directions",
+        log=True,
     )
 
 
@@ -77,7 +78,7 @@ def _spectra(arms: Sequence[Arm], wanted: Sequence[int], several: bool) -> Itera
 
 
 def _layers(arms: Sequence[Arm]) -> Iterator[Drawing]:
-    for figure, (title, label) in _GEOMETRY.items():
+    for figure, (title, label, _) in _GEOMETRY.items():
         if any(_profile(run, figure) for arm in arms for run in arm.runs):
             caption = "Output of every layer at the last measurement."
             yield Drawing(f"layers_{figure}", f"{title} by layer", caption, _by_layer(arms, figure, label))
@@ -92,7 +93,7 @@ def _training(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
         draw = _labelled(_curves(arms, speed, smooth=True), "tokens/s", ylim=(0, None))
         yield Drawing("throughput", "Throughput", caption, draw)
     caption = "Before clipping, of NTP and NITP together; single steps." + band
-    yield from _plain(arms, _logged("grad_norm"), "gradient_norm", "Gradient norm", caption, "norm", yscale="log")
+    yield from _plain(arms, _logged("grad_norm"), "gradient_norm", "Gradient norm", caption, "norm", log=True)
 
 
 def _plain(
@@ -174,13 +175,24 @@ def _zoomed(draw: Callable[[Axes], None], arms: Sequence[Arm], of: Callable[[Run
     return zoomed
 
 
-def _labelled(draw: Callable[[Axes], None], label: str, **limits) -> Callable[[Axes], None]:
+def _labelled(draw: Callable[[Axes], None], label: str, *, log: bool = False, **limits) -> Callable[[Axes], None]:
     def labelled(axes: Axes) -> None:
         draw(axes)
         axes.set_ylabel(label)
         axes.set(**limits)
+        if log:
+            _log_scaled(axes)
 
     return labelled
+
+
+def _log_scaled(axes: Axes) -> None:
+    """Logarithmic y axis whose ticks are plain numbers, within a decade too."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else AutoLocator())
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _phases_marked(arms: Sequence[Arm], of: Callable[[Run], Series]) -> Callable[[Axes], None]:
