@@ -1,6 +1,7 @@
 """The comparison of runs: arms, fairness, statistics, page."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from nitp_titan.config import UserError
 from nitp_titan.report import drawing, figures
 from nitp_titan.report.page import Report
 from nitp_titan.report.runs import common_step, differences, read_arms
-from nitp_titan.report.stats import bootstrap_interval, difference, FIGURES, moving_average, phases, smoothed
+from nitp_titan.report.stats import bootstrap_interval, difference, FIGURES, phases, smoothed
 
 BY_NAME = {figure.name: figure for figure in FIGURES}
 
@@ -57,10 +58,31 @@ def test_a_loss_that_does_not_collapse_has_no_phases():
     assert phases([1, 2], [1.0, 0.1]) is None
 
 
-def test_the_moving_average_keeps_constants_and_length():
-    assert moving_average([2.0] * 7, 3) == [2.0] * 7
-    assert moving_average([0.0, 3.0, 6.0], 3) == [1.5, 3.0, 4.5]
-    assert smoothed([1.0] * 200) == [1.0] * 200
+def test_a_collapse_in_a_long_run_is_not_smoothed_away():
+    """The paper's scale: 40,000 steps, logged every tenth; the low lasts from step 40 to step 200."""
+    steps = list(range(10, 40_010, 10))
+    values = [1.0 if s < 40 else 0.02 if s <= 200 else min(0.25, 0.02 + s / 8000) - 0.2 * s / 40_000 for s in steps]
+    marks = phases(steps, values)
+    assert 40 <= marks["collapse"][0] <= 200 and marks["collapse"][1] == pytest.approx(0.02)
+    # The top is at step 1,840; the average spans 800 steps on either side.
+    assert 1840 - 800 <= marks["hump"][0] <= 1840 + 800 and marks["hump"][1] == pytest.approx(0.24, abs=0.01)
+
+
+def test_the_moving_average_is_the_mean_of_its_neighbours():
+    assert smoothed([1.0] * 200) == pytest.approx([1.0] * 200)
+    values = [random.Random(3).random() for _ in range(200)]
+    # A share of 4% of 200: four neighbours on each side, fewer at the start and at the end.
+    assert smoothed(values)[100] == pytest.approx(sum(values[96:105]) / 9)
+    assert smoothed(values)[:4] == pytest.approx(values[:4]) and smoothed(values)[9] == pytest.approx(
+        sum(values[7:12]) / 5
+    )
+    assert smoothed(values)[199] == pytest.approx(sum(values[195:]) / 5)
+
+
+def test_a_value_that_is_not_finite_stays_alone():
+    values = smoothed([2.0] * 50 + [math.nan] + [4.0] * 50)
+    assert math.isnan(values[50]) and [values[49], values[51]] == [2.5, 3.5] and values[-1] == 4.0
+    assert phases(list(range(3)), [1.0, 0.1, math.nan]) is None
 
 
 def test_runs_that_differ_in_their_seed_only_are_one_arm_and_ntp_comes_first(seeds):

@@ -1,8 +1,10 @@
 """Statistics of a comparison: smoothing, the phases of the NITP loss, paired bootstrap intervals."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from nitp_titan.report.runs import Arm, Run, Series
 
@@ -14,16 +16,21 @@ _RESAMPLES = 10_000
 ENOUGH_PAIRS = 3
 
 
-def moving_average(values: Sequence[float], width: int) -> list[float]:
-    """Centred mean over up to ``width`` neighbours, shorter at both ends."""
-    half = width // 2
-    windows = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
-
-
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Moving average over a fixed share of the run."""
-    return moving_average(values, 2 * max(1, round(len(values) * _SMOOTHING_SHARE / 2)) + 1)
+    """Centred moving average over a fixed share of the run; narrower at its start, where losses move fast.
+
+    Values that are not finite stay as they are and count in no average.
+    """
+    widest = max(1, round(len(values) * _SMOOTHING_SHARE / 2))
+    finite = [math.isfinite(value) for value in values]
+    sums = [0.0, *accumulate(value if is_finite else 0.0 for value, is_finite in zip(values, finite))]
+    counts = [0, *accumulate(finite)]
+    averages = []
+    for index, value in enumerate(values):
+        half = min(widest, index // 4)
+        low, high = index - half, min(len(values), index + half + 1)
+        averages.append((sums[high] - sums[low]) / (counts[high] - counts[low]) if finite[index] else value)
+    return averages
 
 
 def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int, float]] | None:
@@ -32,9 +39,9 @@ def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int
     Returns:
         ``{"start", "collapse", "hump", "end"}`` -> (step, smoothed value; the start is not
         smoothed): the collapse is the minimum of the first half, the hump the maximum after it.
-        None if there is no collapse, to less than half of the start.
+        None if there is no collapse, to less than half of the start, or a value is not finite.
     """
-    if len(values) < 3:
+    if len(values) < 3 or not all(map(math.isfinite, values)):
         return None
     smooth = smoothed(values)
     middle = len(smooth) // 2
