@@ -188,8 +188,11 @@ def _seen(mechanism: Mechanism, interval: tuple[float, float] | None) -> str:
         return "too few seeds"
     low, high = interval
     if mechanism.expected == 0:
-        inside = -mechanism.negligible <= low and high <= mechanism.negligible
-        return "yes" if inside else "no" if low > mechanism.negligible or high < -mechanism.negligible else "unclear"
+        if -mechanism.negligible <= low and high <= mechanism.negligible:
+            return "yes"
+        return (
+            "no, lower" if high < -mechanism.negligible else "no, higher" if low > mechanism.negligible else "unclear"
+        )
     if low <= 0 <= high:
         return "unclear"
     return "yes" if (low > 0) == (mechanism.expected > 0) else "no, the opposite"
