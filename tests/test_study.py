@@ -57,6 +57,22 @@ def test_the_verdict_follows_the_interval(runs):
     assert rows["cosine is lower"]["seen"] == "unclear"
 
 
+@pytest.mark.parametrize(
+    "lower, seen",
+    [
+        ((0.0, 0.005, -0.005), "yes"),
+        ((0.0, 0.005, 0.02), "unclear"),
+        ((0.02, 0.03, 0.04), "no, lower"),
+        ((-0.02, -0.03, -0.04), "no, higher"),
+    ],
+)
+def test_a_loss_is_preserved_within_a_hundredth(tmp_path, lower, seen):
+    for seed, better in enumerate(lower, 1):
+        write_run(tmp_path / f"ntp/seed_{seed}", seed=seed)
+        write_run(tmp_path / f"nitp/seed_{seed}", seed=seed, nitp=three_phases, better=better)
+    assert _rows(mechanisms_table(read_study(tmp_path)))["NTP loss is preserved"]["seen"] == seen
+
+
 def test_unfinished_runs_and_too_few_seeds_claim_nothing(runs):
     write_run(runs / "ntp/seed_4", seed=4, steps=50)
     assert len(read_study(runs)["ntp"].runs) == 3

@@ -190,9 +190,9 @@ def _seen(mechanism: Mechanism, interval: tuple[float, float] | None) -> str:
     if mechanism.expected == 0:
         if -mechanism.negligible <= low and high <= mechanism.negligible:
             return "yes"
-        return (
-            "no, lower" if high < -mechanism.negligible else "no, higher" if low > mechanism.negligible else "unclear"
-        )
+        if -mechanism.negligible <= high and low <= mechanism.negligible:
+            return "unclear"
+        return "no, lower" if high < 0 else "no, higher"
     if low <= 0 <= high:
         return "unclear"
     return "yes" if (low > 0) == (mechanism.expected > 0) else "no, the opposite"
