@@ -58,6 +58,11 @@ def test_a_loss_that_does_not_collapse_has_no_phases():
     assert phases([1, 2], [1.0, 0.1]) is None
 
 
+def test_a_loss_that_stays_down_has_no_hump_and_no_phases():
+    """As with the same position: the loss falls to 0.01 and stays there, give or take a third."""
+    assert phases(range(200), [max(0.01, 1 - step / 20) + 0.003 * (step % 50 == 0) for step in range(200)]) is None
+
+
 def test_a_collapse_in_a_long_run_is_not_smoothed_away():
     """The paper's scale: 40,000 steps, logged every tenth; the low lasts from step 40 to step 200."""
     steps = list(range(10, 40_010, 10))

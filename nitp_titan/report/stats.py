@@ -39,7 +39,8 @@ def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int
     Returns:
         ``{"start", "collapse", "hump", "end"}`` -> (step, smoothed value; the start is not
         smoothed): the collapse is the minimum of the first half, the hump the maximum after it.
-        None if there is no collapse, to less than half of the start, or a value is not finite.
+        None if there is no collapse, to less than half of the start, no hump of at least twice the
+        collapse, or a value is not finite.
     """
     if len(values) < 3 or not all(map(math.isfinite, values)):
         return None
@@ -47,7 +48,7 @@ def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int
     middle = len(smooth) // 2
     low = min(range(middle + 1), key=smooth.__getitem__)
     hump = max(range(low, len(smooth)), key=smooth.__getitem__)
-    if smooth[low] >= values[0] / 2:
+    if smooth[low] >= values[0] / 2 or smooth[hump] < 2 * smooth[low]:
         return None
     marks = {"start": 0, "collapse": low, "hump": hump, "end": len(smooth) - 1}
     return {name: (steps[index], smooth[index] if name != "start" else values[0]) for name, index in marks.items()}

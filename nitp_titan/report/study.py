@@ -114,6 +114,15 @@ MECHANISMS = [
         "nitp",
         -1,
     ),
+    Mechanism(
+        "and lies in a narrow cone",
+        "cosine of the target",
+        _probe("cosine", "target"),
+        ".2f",
+        "no_stop_gradient",
+        "nitp",
+        1,
+    ),
     Mechanism("without projector it is worse", "validation NTP loss", _validation, ".3f", "no_projector", "nitp", 1),
     Mechanism(
         "MSE makes gradients spike", "largest gradient over the median", _largest_gradient, ".1f", "loss_mse", "nitp", 1
