@@ -1,7 +1,7 @@
 """Which of the paper's mechanisms show on a small model? Train recipes/study/ with several seeds and print the table.
 
-python scripts/study.py                     # about an hour on 2 cores; goes on where it stopped
-python scripts/study.py --all               # with longer training and a larger vocabulary, about three hours
+python scripts/study.py                     # 40 minutes to an hour on 2 cores; goes on where it stopped
+python scripts/study.py --all               # with longer training and a larger vocabulary, two to three hours
 python scripts/study.py --arm ntp --arm nitp --seed 1
 python scripts/study.py --report            # the table of what is there already
 """

@@ -104,7 +104,7 @@ MECHANISMS = [
         "nitp",
         -1,
     ),
-    *_against_ntp("same_position", "nitp", ", same position against next")[:1],
+    Mechanism("and is the worse objective", "validation NTP loss", _validation, ".3f", "same_position", "nitp", 1),
     Mechanism(
         "without stop-gradient the target drifts",
         "effective rank of the target",
