@@ -260,8 +260,8 @@ ul { padding-left: 1.2rem; margin: .6rem 0; }
 .warning { background: var(--warn-box); border-left: 4px solid var(--warn); padding: .2rem 1rem .6rem; margin: 1rem 0; }
 .warning h2 { margin: .8rem 0 .2rem; color: var(--warn); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .45rem; text-align: right; border-bottom: 1px solid var(--grid); }
 td { white-space: nowrap; }
 th { vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
