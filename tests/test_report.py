@@ -195,6 +195,19 @@ def test_damaged_files_are_named_and_the_rest_is_drawn(tmp_path):
     assert (tmp_path / "out/nitp_loss.png").exists()
 
 
+@pytest.mark.parametrize(
+    "record", ['{"step": 2, "ntp_loss": NaN, "lr": null}', '{"step": 2, "lr": 0.1}', '{"step": 2}']
+)
+def test_a_run_that_logged_hardly_anything_is_reported_too(tmp_path, record):
+    write_run(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/metrics.jsonl").write_text('{"step": 1}\n' + record)
+    for runs in (["a", "b"], ["b"]):
+        report = Report(*read_arms([str(tmp_path / name) for name in runs]))
+        report.write(tmp_path / "out")
+        assert "b: no resolved.json: its settings are unknown." in (tmp_path / "out/report.md").read_text()
+
+
 def test_nothing_to_compare_is_an_error_with_all_reasons(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/metrics.jsonl").write_text("")

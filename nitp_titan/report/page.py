@@ -153,7 +153,8 @@ class Report:
         for one in self.drawings:
             drawing.write_files(one, folder)
         overview = [one for name in figures.OVERVIEW for one in self.drawings if one.name == name]
-        drawing.write_overview(overview, folder / "overview.png")
+        if overview:
+            drawing.write_overview(overview, folder / "overview.png")
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
         (folder / "index.html").write_text(self.html(), encoding="utf-8")
 

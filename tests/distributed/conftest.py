@@ -64,7 +64,9 @@ class Figures:
         log = self._launch(ranks, names)
         if ended := self._ended_by_signals(names):
             # Not a mistake that Python could report: once in thousands of layouts a process is lost to its machine.
-            warnings.warn(f"trained once more, since processes were ended: {ended}\n{log[-4000:]}", stacklevel=2)
+            at = max(0, log.find("Fatal Python error"))
+            where = log[max(0, at - 1000) : at + 3000]
+            warnings.warn(f"trained once more, since processes were ended: {ended}\n{where}", stacklevel=2)
             for name in ended:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
                 for left in self.folder.glob(f"{name}.*"):
