@@ -36,16 +36,14 @@ def drawings(arms: Sequence[Arm], spectrum_steps: Sequence[int] = ()) -> list[Dr
 
 
 def _losses(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
-    ntp, nitp = _logged("ntp_loss"), _logged("nitp_loss")
-    caption = "Cross-entropy of the training mini-batches, moving average." + band
+    ntp, validation, nitp = _logged("ntp_loss"), Run.validation_series, _logged("nitp_loss")
     if _any(arms, ntp):
-        draw = _zoomed(_curves(arms, ntp, smooth=True), arms, ntp, "nats per token")
-        yield Drawing("ntp_loss", "NTP loss", caption, draw)
-    if _any(arms, Run.validation_series):
-        draw = _zoomed(_curves(arms, Run.validation_series), arms, Run.validation_series, "nats per token")
-        yield Drawing(
-            "validation_ntp_loss", "Validation NTP loss", "Cross-entropy of the validation data." + band, draw
-        )
+        caption = "Cross-entropy of the training mini-batches, moving average." + band
+        yield Drawing("ntp_loss", "NTP loss", caption, _zoomed(arms, ntp, "nats per token", smooth=True))
+    if _any(arms, validation):
+        caption = "Cross-entropy of the validation data." + band
+        draw = _zoomed(arms, validation, "nats per token")
+        yield Drawing("validation_ntp_loss", "Validation NTP loss", caption, draw)
     if _any(arms, nitp):
         caption = "Moving average; dots mark the end of the collapse, the hump and the last step (Figure 5)." + band
         yield Drawing("nitp_loss", "NITP loss", caption, _phases_marked(arms, nitp))
@@ -161,11 +159,14 @@ def _aligned(series: Sequence[Series]) -> tuple[list[int], list[list[float]]]:
     return steps, [[table[step] for step in steps] for table in tables]
 
 
-def _zoomed(draw: Callable[[Axes], None], arms: Sequence[Arm], of: Callable[[Run], Series], label: str):
-    """Look at the part after the steep start: the axis ends a little above the later values."""
+def _zoomed(
+    arms: Sequence[Arm], of: Callable[[Run], Series], label: str, *, smooth: bool = False
+) -> Callable[[Axes], None]:
+    """The curves after their steep start: the axis ends a little above the later values."""
+    curves = _curves(arms, of, smooth=smooth)
 
     def zoomed(axes: Axes) -> None:
-        draw(axes)
+        curves(axes)
         later = [v for arm in arms for run in arm.runs for v in of(run)[1][len(of(run)[1]) // 8 :] if math.isfinite(v)]
         if later:
             low, high = min(later), max(later)
