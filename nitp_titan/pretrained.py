@@ -1,0 +1,77 @@
+"""Causal language models in the Hugging Face format: loaded from safetensors alone, without remote code.
+
+Needs transformers, which the extra ``eval`` installs.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nitp_titan.config import nearest, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def require(package: str) -> None:
+    """Raise UserError unless a package of the extra ``eval`` is installed."""
+    if find_spec(package) is None:
+        raise UserError(f"this needs the package {package}; install it with `pip install -e '.[eval]'`.")
+
+
+def check_model(name: str) -> None:
+    """Raise UserError unless ``name`` is a folder with a model, or could be a name on the Hugging Face hub.
+
+    A name is taken for the hub's only if there is no such folder and it has the form ``owner/name``; nothing is fetched
+    here.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            siblings = [str(path.parent) for path in folder.glob("*/config.json")]
+            raise UserError(
+                f"{name} holds no config.json, so it is no Hugging Face model.{nearest(name, siblings)} "
+                "`python scripts/export_hf.py` makes one from a checkpoint."
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"{name} holds no safetensors; other formats can run code and are not loaded.")
+    elif name.count("/") != 1 or folder.is_absolute() or name.startswith("."):
+        siblings = [str(path) for path in folder.parent.glob("*") if path.is_dir()] if folder.parent.is_dir() else []
+        raise UserError(
+            f"{name} is neither a folder nor a model 'owner/name' of the Hugging Face hub.{nearest(name, siblings)}"
+        )
+
+
+def load_pretrained(
+    name: str, *, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A model for inference, with its tokenizer.
+
+    Args:
+        name: folder, or ``owner/name`` on the Hugging Face hub; only the latter uses the network, with the access
+            token of the environment variable ``HF_TOKEN`` and no other.
+        dtype: key of `DTYPES`, which the weights are converted to.
+
+    Raises:
+        UserError: naming the model and the reason, if it is missing or does not load.
+    """
+    require("transformers")
+    check_model(name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # False, unlike None, keeps the library from sending a cached login.
+    options = {"trust_remote_code": False, "token": os.environ.get("HF_TOKEN") or False}
+    options["local_files_only"] = Path(name).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **options)
+    except Exception as error:
+        # The hub, the network, the disk and broken files raise many types; each means that the model is not there.
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{name} does not load: {type(error).__name__}: {reason}") from error
+    return model.to(device).eval(), tokenizer
