@@ -6,7 +6,7 @@ from torch import nn
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import GroupedExperts, MoE
 
-from nitp_titan.hf import PROJECTOR_PREFIX
+from nitp_titan.hf.adapter import PROJECTOR_PREFIX
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torchtitan.models.deepseek_v3.mtp import MTPDecoder
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.config import NITPConfig, UserError
-from nitp_titan.hf import without_projector
+from nitp_titan.hf.adapter import without_projector
 from nitp_titan.nitp import NITP, nitp_module_config, NITPDecoder, set_nitp_sharding
 from nitp_titan.parallelize import with_nitp_parallelize, with_nitp_pipelining
 

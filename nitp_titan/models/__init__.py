@@ -4,6 +4,7 @@ import inspect
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 from nitp_titan.config import ModelConfig, nearest, UserError
 
@@ -18,7 +19,7 @@ def build_model_spec(model: ModelConfig):
         UserError: for an unknown family or flavor, naming the nearest one, or a token
             dispatcher for a model without experts.
     """
-    family = _import_family(model.family)
+    family = import_family(model.family)
     if model.flavor not in family.FLAVORS:
         raise UserError(
             f"[model] flavor = '{model.flavor}' is unknown in {model.family}."
@@ -41,7 +42,28 @@ def build_model_spec(model: ModelConfig):
     return spec
 
 
-def _import_family(name: str) -> ModuleType:
+def hf_config(model: ModelConfig, spec) -> dict[str, Any]:
+    """``config.json`` of the transformers class that computes the same as a model, without what its run knows.
+
+    Args:
+        spec: the ``ModelSpec`` that `build_model_spec` makes of ``model``.
+
+    Raises:
+        UserError: with the reason, if there is no such class.
+    """
+    family = import_family(model.family)
+    if not hasattr(family, "hf_config") or spec.state_dict_adapter is None:
+        missing = "hf_config" if not hasattr(family, "hf_config") else "state_dict_adapter"
+        raise UserError(
+            f"[model] family = '{model.family}' has no {missing}, which says what it is in transformers "
+            "(README, Add your own variant).",
+            table="model",
+            key="family",
+        )
+    return family.hf_config(spec.model)
+
+
+def import_family(name: str) -> ModuleType:
     """The module of a registered family, or of one outside this project by its import path."""
     if name in FAMILIES:
         return import_module(f"{__name__}.{name}")

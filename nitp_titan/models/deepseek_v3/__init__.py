@@ -8,6 +8,9 @@ from torchtitan.models.deepseek_v3 import _build_dsv3_layers, DeepSeekV3Model
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.models.debug import debug_decoder, DIM
+from nitp_titan.models.deepseek_v3.hf import hf_config, LATENT_EPS
+
+__all__ = ["FLAVORS", "hf_config", "model_registry"]
 
 
 def _debug(attn_backend: str, moe_comm_backend: str) -> DeepSeekV3Model.Config:
@@ -38,6 +41,10 @@ def _debug(attn_backend: str, moe_comm_backend: str) -> DeepSeekV3Model.Config:
         non_blocking_capacity_factor=None,
         rope=ComplexRoPE.Config(dim=rope_dim, max_seq_len=4096, theta=10000.0),
     )
+    for layer in layers:
+        # As in the released model; TorchTitan's flavors take 1e-5, which transformers cannot express.
+        for norm in (layer.attention.q_norm, layer.attention.kv_norm):
+            norm.eps = LATENT_EPS
     return debug_decoder(deepseek_v3.deepseekv3_configs["debugmodel"](attn_backend, moe_comm_backend), layers)
 
 

@@ -8,6 +8,10 @@ from torchtitan.models.gpt_oss import _build_gptoss_layers, _make_gptoss_attn_co
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.models.debug import debug_decoder, DIM
+from nitp_titan.models.gpt_oss.hf import hf_config
+from nitp_titan.models.gpt_oss.state_dict_adapter import UnquantizedGptOssStateDictAdapter
+
+__all__ = ["FLAVORS", "hf_config", "model_registry"]
 
 
 def _debug(moe_comm_backend: str, attn_backend: str) -> GptOssModel.Config:
@@ -43,4 +47,5 @@ FLAVORS = {**gpt_oss.gptoss_configs, "debug": _debug}
 def model_registry(flavor: str, attn_backend: str = "flex", moe_comm_backend: str = "standard") -> ModelSpec:
     """TorchTitan's ``ModelSpec``; upstream's default attention backend is ``varlen``, which CPUs lack."""
     model = FLAVORS[flavor](attn_backend=attn_backend, moe_comm_backend=moe_comm_backend)
-    return dataclasses.replace(gpt_oss.model_registry("debugmodel"), flavor=flavor, model=model)
+    spec = gpt_oss.model_registry("debugmodel")
+    return dataclasses.replace(spec, flavor=flavor, model=model, state_dict_adapter=UnquantizedGptOssStateDictAdapter)

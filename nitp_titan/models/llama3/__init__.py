@@ -12,6 +12,10 @@ from torchtitan.models.llama3.model import Llama3TransformerBlock
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 
+from nitp_titan.models.llama3.hf import hf_config
+
+__all__ = ["FLAVORS", "hf_config", "llama", "model_registry"]
+
 
 def _normal(std: float) -> dict:
     return {"weight": partial(nn.init.trunc_normal_, std=std)}

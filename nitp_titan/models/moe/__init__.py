@@ -23,6 +23,11 @@ from torchtitan.models.qwen3 import parallelize_qwen3, Qwen3Model
 from torchtitan.models.qwen3.model import Qwen3TransformerBlock
 from torchtitan.protocols.model_spec import ModelSpec
 
+from nitp_titan.models.moe.hf import hf_config
+from nitp_titan.models.moe.state_dict_adapter import Ernie4_5MoeStateDictAdapter
+
+__all__ = ["FLAVORS", "gqa_moe", "hf_config", "model_registry"]
+
 # As TorchTitan's qwen3: one standard deviation, the outputs of the residual branches scaled by depth.
 _STD = 0.02
 _NORM = {"weight": nn.init.ones_}
@@ -191,5 +196,5 @@ def model_registry(flavor: str, attn_backend: str = "flex", moe_comm_backend: st
         parallelize_fn=parallelize_qwen3,
         pipelining_fn=pipeline_llm,
         post_optimizer_build_fn=register_moe_load_balancing_hook,
-        state_dict_adapter=None,
+        state_dict_adapter=Ernie4_5MoeStateDictAdapter,
     )

@@ -9,6 +9,9 @@ from torchtitan.models.qwen3 import _build_qwen3_layers, _build_qwen3_moe_layers
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.models.debug import debug_decoder, DIM
+from nitp_titan.models.qwen3.hf import hf_config
+
+__all__ = ["FLAVORS", "hf_config", "model_registry"]
 
 _SHAPE = dict(dim=DIM, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=24)
 

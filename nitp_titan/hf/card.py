@@ -1,0 +1,113 @@
+"""The model card of an exported model: what it is, how it was trained, what was measured."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nitp_titan.hf.checkpoint import Checkpoint
+from nitp_titan.metrics_file import read_records
+
+_CITATION = """\
+@inproceedings{nitp2026,
+  title     = {{NITP}: Next Implicit Token Prediction for {LLM} Pre-training},
+  author    = {Zhang, Xiangdong and Zhang, Debing and Zhang, Shaofeng and Qin, Xiaohan and Cheng, Yu and Yan, Junchi},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2026},
+  note      = {arXiv:2605.24956}
+}"""
+
+_USE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=32)[0]))"""
+
+
+def model_card(checkpoint: Checkpoint, config, architecture: str) -> str:
+    """Markdown with the hub's header.
+
+    Args:
+        config: ``NITPTrainer.Config`` of the run.
+        architecture: class of transformers.
+    """
+    nitp = config.nitp
+    name = (config.metrics.run_name or checkpoint.run_folder.name).replace("/", "-")
+    objective = "next implicit token prediction (NITP)" if nitp.enabled else "next token prediction (NTP)"
+    projector = " The projector of NITP is not part of it: inference is that of any such model." if nitp.enabled else ""
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            f"tags: [nitp-titan, {'nitp' if nitp.enabled else 'ntp'}]",
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"A `{architecture}` ({config.model.family} {config.model.flavor}), pre-trained with {objective} by "
+            f"nitp-titan and taken at step {checkpoint.step:,} of {config.training.steps:,}.{projector}",
+            "",
+            "```python",
+            _USE.format(name=name),
+            "```",
+            "",
+            "## Training",
+            "",
+            *_table(("setting", "value"), _settings(config).items()),
+            "",
+            f"## Measured at step {checkpoint.step:,}",
+            "",
+            *_table(("figure", "value"), _measured(checkpoint).items()),
+            "",
+            "## Citation",
+            "",
+            "```bibtex",
+            _CITATION,
+            "```",
+            "",
+        ]
+    )
+
+
+def _settings(config) -> dict[str, Any]:
+    training, nitp = config.training, config.nitp
+    schedule = config.lr_scheduler
+    settings = {
+        "sequence length": training.seq_len,
+        "global batch (sequences)": training.global_batch_size,
+        "tokens per step": training.global_batch_size * training.seq_len,
+        "steps": training.steps,
+        "schedule": f"{schedule.warmup_steps} warm-up steps, {schedule.decay_type} decay over the last "
+        f"{schedule.decay_ratio or 0:.0%}",
+        "seed": config.debug.seed,
+    }
+    for group in config.optimizer.param_groups:
+        kwargs = ", ".join(f"{key} {value}" for key, value in group.optimizer_kwargs.items())
+        settings[f"optimizer, parameters {group.pattern}"] = f"{group.optimizer_name}: {kwargs}"
+    if nitp.enabled:
+        settings |= {f"nitp {key}": getattr(nitp, key) for key in ("weight", "target_layer", "loss", "objective")}
+    return settings
+
+
+def _measured(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The last figures of the run up to the checkpoint's step; only what its files have."""
+    metrics = _last_record(checkpoint.run_folder / "metrics.jsonl", checkpoint.step)
+    validation = _last_record(checkpoint.run_folder / "validation.jsonl", checkpoint.step)
+    names = {"tokens": "tokens", "ntp_loss": "NTP loss, training batch", "nitp_loss": "NITP loss, training batch"}
+    figures = {title: metrics[key] for key, title in names.items() if key in metrics}
+    if "ntp_loss" in validation:
+        figures[f"NTP loss, validation at step {validation['step']:,}"] = validation["ntp_loss"]
+    for key, title in {"effective_rank": "effective rank", "cosine": "average cosine"}.items():
+        if key in metrics:
+            figures[f"{title} of the last hidden states"] = metrics[key]
+    return {title: f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for title, value in figures.items()}
+
+
+def _last_record(path: Path, step: int) -> dict[str, Any]:
+    records = read_records(path) if path.is_file() else []
+    return next((record for record in reversed(records) if record["step"] <= step), {})
+
+
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> list[str]:
+    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]

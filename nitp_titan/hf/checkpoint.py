@@ -1,0 +1,118 @@
+"""A checkpoint of a run (DCP) on disk: where it is, what it holds, and its tensors a few at a time."""
+
+import re
+import warnings
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from nitp_titan import recipe
+from nitp_titan.config import nearest, UserError
+
+_METADATA = ".metadata"
+_RESOLVED = "resolved.toml"
+# What a trainer saves beside its model, each name before a dot.
+_OTHER_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the metadata once, which of a large model is long, and not for every tensor."""
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        return self.metadata
+
+
+class Checkpoint:
+    """The checkpoint of one step.
+
+    Args:
+        path: its folder, the folder of all checkpoints of a run, or the run folder; of several the latest is taken.
+
+    Raises:
+        UserError: if there is no complete checkpoint, or its metadata cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.folder = _step_folder(path)
+        self.step = int(self.folder.name.rpartition("-")[2])
+        self._reader = _Reader(self.folder)
+        try:
+            entries = self._reader.metadata.state_dict_metadata
+        except Exception as error:
+            # A pickle: a damaged one raises whatever its bytes happen to mean.
+            raise UserError(f"{self.folder}/{_METADATA} is damaged ({type(error).__name__}).") from error
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            name: entry
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith(tuple(f"{s}." for s in _OTHER_STATES))
+        }
+        """Size and type of the model's tensors by name, those of the projector included."""
+
+    @property
+    def run_folder(self) -> Path:
+        """The nearest folder above that has the run's resolved recipe; UserError without one."""
+        for folder in self.folder.resolve().parents:
+            if (folder / _RESOLVED).is_file():
+                return folder
+        raise UserError(f"no folder above {self.folder} holds {_RESOLVED}, which says what model the checkpoint is of.")
+
+    def config(self):
+        """The ``NITPTrainer.Config`` of the run."""
+        return recipe.load(self.run_folder / _RESOLVED, None)
+
+    def check_model(self, tensors: dict[str, Tensor]) -> None:
+        """Raise UserError unless the checkpoint holds just these tensors of a model, and perhaps a projector."""
+        for name, tensor in tensors.items():
+            if name not in self.tensors:
+                raise UserError(f"{self.folder} has no tensor '{name}', which the model of its run has.")
+            if self.tensors[name].size != tensor.size():
+                raise UserError(
+                    f"{self.folder}: '{name}' is {list(self.tensors[name].size)}, but the model of its run has "
+                    f"{list(tensor.size())} there."
+                )
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of these names, whole and on the CPU, in the type that they were saved in.
+
+        Raises:
+            UserError: if a file of the checkpoint is missing or damaged.
+        """
+        entries = {name: self.tensors[name] for name in names}
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+        try:
+            with warnings.catch_warnings():
+                # That there is no process group is meant.
+                warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+                dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+        except Exception as error:
+            # A missing file, a short one, one that is no archive: each has a type of its own.
+            first = next(iter(str(error).splitlines()), "")
+            raise UserError(f"{self.folder} cannot be read: {type(error).__name__}: {first}") from error
+        return tensors
+
+
+def _step_folder(path: Path) -> Path:
+    """The folder of one step that a path names."""
+    if not path.is_dir():
+        siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise UserError(f"{path} is not a folder.{nearest(str(path), siblings)}")
+    if (path / _METADATA).is_file():
+        return path
+    if any(path.glob("*.distcp")):
+        raise UserError(f"{path} has no {_METADATA}: its writing was interrupted. Take an earlier checkpoint.")
+    found = [folder.parent for pattern in ("step-*", "*/step-*") for folder in path.glob(f"{pattern}/{_METADATA}")]
+    steps = [folder for folder in found if re.fullmatch(r"step-\d+", folder.name)]
+    if not steps:
+        in_hf = any(path.glob("*.safetensors")) or any(path.glob("**/step-*/*.safetensors"))
+        reason = " It holds safetensors: a checkpoint saved with last_save_in_hf is exported already." if in_hf else ""
+        raise UserError(f"{path} holds no complete checkpoint (a folder step-N with {_METADATA}).{reason}")
+    return max(steps, key=lambda folder: int(folder.name.rpartition("-")[2]))

@@ -1,0 +1,46 @@
+"""Export a checkpoint as a Hugging Face model that AutoModelForCausalLM loads without remote code.
+
+python scripts/export_hf.py --checkpoint outputs/debug/nitp_debug --out outputs/hf/nitp_debug
+python scripts/export_hf.py --checkpoint outputs/moe/nitp_9b_a1b/checkpoint/step-39339 --out 9b --dtype bfloat16
+
+The run folder says which model it is. Of a run folder the latest checkpoint is taken. The projector, the optimizer and
+the rest of the training state stay behind.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from nitp_titan.config import exit_with, UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a step's folder, or a run folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model; must not exist yet")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (default: the recipe's hf_assets_path)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file, for example 500MB (default: 5GB)")
+    arguments = parser.parse_args()
+    # Imported once the arguments are right: TorchTitan takes seconds.
+    logging.disable(logging.WARNING)
+    from nitp_titan import cpu
+    from nitp_titan.hf.checkpoint import Checkpoint
+    from nitp_titan.hf.export import Export
+
+    cpu.install()
+    checkpoint = Checkpoint(arguments.checkpoint)
+    export = Export(
+        checkpoint, dtype=arguments.dtype, tokenizer=arguments.tokenizer, max_shard_size=arguments.max_shard_size
+    )
+    print(f"{checkpoint.folder}: {export.architecture}, {arguments.dtype}", flush=True)
+    done = export.write(arguments.out, say=lambda line: print(line, flush=True))
+    left_out = f", without {len(done.left_out)} tensors of the projector" if done.left_out else ""
+    print(f"{done.folder}: {done.parameters:,} parameters, {done.num_bytes / 1e9:.3f} GB{left_out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)
