@@ -24,7 +24,7 @@ VOCAB_SIZE = 4096
 VALIDATION_PERCENT = 5
 
 # Raised when the text or the tokenizer would differ for the same Python.
-_FORMAT = 2
+_FORMAT = 3
 _MIN_CHARS = 400
 _MIN_PROSE = 0.75
 _MAX_CODES = 0.25
@@ -110,13 +110,13 @@ def is_validation(name: str) -> bool:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = VOCAB_SIZE):
-    """Train a byte-level BPE tokenizer with a BOS and an EOS token.
+    """Train a byte-level BPE tokenizer that puts a BOS token before every text; EOS is for who ends a document.
 
     Returns:
         A ``tokenizers.Tokenizer`` with ``vocab_size`` entries (fewer if the text has
         too few merges).
     """
-    from tokenizers import decoders, models, pre_tokenizers, Tokenizer, trainers
+    from tokenizers import decoders, models, pre_tokenizers, processors, Tokenizer, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -128,6 +128,8 @@ def train_tokenizer(texts: list[str], vocab_size: int = VOCAB_SIZE):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    bos = (BOS, tokenizer.token_to_id(BOS))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
     return tokenizer
 
 
@@ -175,7 +177,7 @@ def prepare_stdlib_assets(folder: Path, vocab_size: int = VOCAB_SIZE) -> dict:
             "bos_token": BOS,
             "eos_token": EOS,
             "add_bos_token": True,
-            "add_eos_token": True,
+            "add_eos_token": False,
         }
         (draft / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
         (draft / "manifest.json").write_text(json.dumps(manifest, indent=2))
