@@ -5,12 +5,10 @@ TorchTitan is reachable and a wrong one is named. Knows no TOML: `recipe` reads 
 """
 
 import dataclasses
-import os
 import types
 import typing
 from typing import Any, get_args, get_origin, Literal
 
-from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import default_adamw, OptimizersContainer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -82,7 +80,7 @@ def _defaults(spec: ModelSpec) -> dict[str, Any]:
 
 def _section(settings: Settings, name: str, default: Any) -> Any:
     table = settings.tables.get(name, {})
-    special = {"optimizer": _optimizer, "activation_checkpoint": _activation_checkpoint, "checkpoint": _checkpoint}
+    special = {"optimizer": _optimizer, "activation_checkpoint": _activation_checkpoint}
     return special[name](settings, table) if name in special else _filled(settings, name, default, table)
 
 
@@ -131,14 +129,6 @@ def _activation_checkpoint(settings: Settings, table: dict[str, Any]) -> Any:
         place = settings.place("activation_checkpoint")
         raise UserError(f"{place}[activation_checkpoint] {next(iter(options))} has no meaning with mode = 'none'.")
     return None
-
-
-def _checkpoint(settings: Settings, table: dict[str, Any]) -> CheckpointManager.Config:
-    path = table.get("initial_load_path")
-    if isinstance(path, str) and path != NONE and "://" not in path:
-        # TorchTitan takes absolute paths and remote addresses only.
-        table = {**table, "initial_load_path": os.path.abspath(path)}
-    return _filled(settings, "checkpoint", CheckpointManager.Config(), table)
 
 
 def _filled(settings: Settings, name: str, default: Any, table: Any, also: list[str] | None = None) -> Any:

@@ -29,6 +29,7 @@ from nitp_titan.config import (
     UserError,
 )
 from nitp_titan.data import check_sources
+from nitp_titan.initial_load import check_initial_load, NITPCheckpointManager
 from nitp_titan.layout import check_layout
 from nitp_titan.loss import ChunkedLoss, find_loss, NITPLoss
 from nitp_titan.lr_scheduler import WSDSchedulers
@@ -52,6 +53,7 @@ class NITPTrainer(Trainer):
         lr_scheduler: WSDSchedulers.Config = field(default_factory=WSDSchedulers.Config)
         metrics: NITPMetrics.Config = field(default_factory=NITPMetrics.Config)
         validator: ProbingValidator.Config = field(default_factory=ProbingValidator.Config)
+        checkpoint: NITPCheckpointManager.Config = field(default_factory=NITPCheckpointManager.Config)
         machine: MachineConfig = field(default_factory=MachineConfig)
 
         def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class NITPTrainer(Trainer):
         check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         check_sources(config)
         spec, loss = model_spec_with_nitp(config), loss_with_nitp(config)
+        config = check_initial_load(config, spec)
         super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
         vocab_size = self.model_config.vocab_size
         if self.tokenizer.get_vocab_size() > vocab_size:

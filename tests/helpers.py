@@ -116,6 +116,41 @@ def train(config) -> NITPTrainer:
     return trainer
 
 
+def saved_run(folder: Path, *, change=None, **settings) -> NITPTrainer:
+    """A run of three steps with a checkpoint after the second and the third; its trainer, closed.
+
+    Args:
+        change: takes the trainer before it saves the last checkpoint.
+        settings: as in `make_config`.
+    """
+    config = make_config(folder, **settings)
+    checkpoint = dataclasses.replace(config.checkpoint, enable=True, interval=2, last_save_model_only=False)
+    trainer = dataclasses.replace(config, checkpoint=checkpoint).build()
+    trainer.checkpointer.load(step=-1)
+    batches = trainer.batch_generator(trainer.dataloader)
+    for step in range(trainer.step + 1, config.training.steps + 1):
+        trainer.step = step
+        trainer.train_step(batches)
+        if step == config.training.steps and change is not None:
+            change(trainer)
+        trainer.checkpointer.save(step, last_step=step == config.training.steps)
+    trainer.close()
+    return trainer
+
+
+def with_expert_bias(trainer: NITPTrainer, scale: float = 0.3) -> None:
+    """Give every expert a selection bias between 0 and ``scale``, as long training does."""
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in trainer.model_parts[0].named_buffers():
+        if name.endswith("expert_bias_E"):
+            buffer.copy_(scale * torch.rand(buffer.shape, generator=generator))
+
+
+def without_expert_bias(trainer: NITPTrainer) -> None:
+    """As without load balancing, for models whose class in transformers has no such bias."""
+    with_expert_bias(trainer, scale=0.0)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

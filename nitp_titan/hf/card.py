@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.hf.checkpoint import Checkpoint
+from nitp_titan.checkpoint import Checkpoint
 from nitp_titan.metrics_file import read_records
 
 _CITATION = """\

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from nitp_titan.checkpoint import Checkpoint
 from nitp_titan.config import UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX, without_projector
 from nitp_titan.hf.card import model_card
-from nitp_titan.hf.checkpoint import Checkpoint
 from nitp_titan.models import hf_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,7 +66,7 @@ class Export:
 
     Raises:
         UserError: if the model has no exact home in transformers, the checkpoint is not of its run's model, or the
-            tokenizer is missing, each with the reason.
+            tokenizer is missing, each with the reason; if ``max_shard_size`` is no size.
     """
 
     def __init__(
@@ -106,12 +106,17 @@ class Export:
 
     def _sharded(self, max_shard_size: int | str) -> StateDictSplit:
         stored = {name: self._stored(name, view) for views in self.sources.values() for name, view in views.items()}
-        return split_state_dict_into_shards_factory(
-            stored,
-            get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
+        try:
+            return split_state_dict_into_shards_factory(
+                stored,
+                get_storage_size=lambda tensor: tensor.nbytes,
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=max_shard_size,
+            )
+        except ValueError:
+            raise UserError(
+                f"--max-shard-size = '{max_shard_size}', but it must be a size such as 500MB or 5GB."
+            ) from None
 
     def _check_left_out(self) -> None:
         """Only zeros may be left out, and a tied unembedding, which the embedding stands for."""

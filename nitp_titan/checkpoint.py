@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nitp_titan import recipe
 from nitp_titan.config import nearest, UserError
+from nitp_titan.hf.adapter import PROJECTOR_PREFIX
 
 _METADATA = ".metadata"
 _RESOLVED = "resolved.toml"
@@ -56,6 +58,7 @@ class Checkpoint:
             if isinstance(entry, TensorStorageMetadata) and not name.startswith(tuple(f"{s}." for s in _OTHER_STATES))
         }
         """Size and type of the model's tensors by name, those of the projector included."""
+        self.has_optimizer = any(name.startswith("optimizer.state.") for name in entries)
 
     @property
     def run_folder(self) -> Path:
@@ -71,13 +74,16 @@ class Checkpoint:
 
     def check_model(self, tensors: dict[str, Tensor]) -> None:
         """Raise UserError unless the checkpoint holds just these tensors of a model, and perhaps a projector."""
+        surplus = [name for name in self.tensors if name not in tensors and not name.startswith(PROJECTOR_PREFIX)]
+        if surplus:
+            raise UserError(f"{self.folder} has a tensor '{surplus[0]}', for which the model has no place.")
         for name, tensor in tensors.items():
             if name not in self.tensors:
-                raise UserError(f"{self.folder} has no tensor '{name}', which the model of its run has.")
+                raise UserError(f"{self.folder} has no tensor '{name}', which the model needs.")
             if self.tensors[name].size != tensor.size():
                 raise UserError(
-                    f"{self.folder}: '{name}' is {list(self.tensors[name].size)}, but the model of its run has "
-                    f"{list(tensor.size())} there."
+                    f"{self.folder}: '{name}' is {list(self.tensors[name].size)}, but the model needs "
+                    f"{list(tensor.size())}."
                 )
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -93,10 +99,11 @@ class Checkpoint:
                 # That there is no process group is meant.
                 warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
                 dcp.load(tensors, storage_reader=self._reader, no_dist=True)
-        except Exception as error:
+        except CheckpointException as error:
             # A missing file, a short one, one that is no archive: each has a type of its own.
-            first = next(iter(str(error).splitlines()), "")
-            raise UserError(f"{self.folder} cannot be read: {type(error).__name__}: {first}") from error
+            reason = next(iter(error.failures.values()))[0]
+            first = next(iter(str(reason).splitlines()), "")
+            raise UserError(f"{self.folder} cannot be read: {type(reason).__name__} {first}".rstrip()) from error
         return tensors
 
 
