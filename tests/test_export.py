@@ -49,9 +49,11 @@ def runs(assets, tmp_path_factory):
                 "model": ModelConfig(family=family, flavor=flavor),
                 "training": TRAINING,
                 "generated_data": False,
+                "dataloader": {"dataset_path": str(text)},
+                "nitp": {"weight": 20.0},
             }
             change = without_expert_bias if zeroed else with_expert_bias
-            made[model] = folder, saved_run(folder, change=change, nitp={"weight": 20.0}, **settings)
+            made[model] = folder, saved_run(folder, change=change, **settings)
         return made[model]
 
     return run
