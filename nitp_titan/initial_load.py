@@ -16,7 +16,7 @@ from safetensors import safe_open, SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.checkpointer.base import MODEL, OPTIMIZER
+from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.filesystem import is_remote
 from torchtitan.tools.logging import logger
@@ -47,11 +47,24 @@ class NITPCheckpointManager(CheckpointManager):
         """As `CheckpointManager.dcp_load`; `check_initial_load` has seen to it that nothing else is missing."""
         if from_hf or checkpoint_id != self.initial_load_path:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+        settings = [_settings(optimizer) for optimizer in self.states[OPTIMIZER]]
         dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=DefaultLoadPlanner(allow_partial_load=True))
         self.states[MODEL].load_state_dict(state_dict)
-        if OPTIMIZER in state_dict:
-            saved = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-            _start_afresh(state_dict[OPTIMIZER], [name for name in saved if name.startswith(f"{OPTIMIZER}.state.")])
+        if OPTIMIZER not in state_dict:
+            return
+        # Learning rate, betas and weight decay are the recipe's; the checkpoint gives the states and the step.
+        for optimizer, groups in zip(self.states[OPTIMIZER], settings):
+            for group, wanted in zip(optimizer.param_groups, groups):
+                group.update(wanted)
+        for scheduler in self.states[LR_SCHEDULER].schedulers:
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
+                group["lr"] = lr
+        saved = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+        _start_afresh(self.states[OPTIMIZER], [name for name in saved if name.startswith(f"{OPTIMIZER}.state.")])
+
+
+def _settings(optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
 def _start_afresh(optimizers, saved: Sequence[str]) -> None:
