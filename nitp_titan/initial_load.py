@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open, SafetensorError
 from torch import Tensor
@@ -24,6 +23,7 @@ from torchtitan.tools.logging import logger
 from nitp_titan.checkpoint import Checkpoint
 from nitp_titan.config import nearest, UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX
+from nitp_titan.hf.export import meta_tensors
 from nitp_titan.models import hf_config
 
 # Of a Hugging Face model, what a model here computes by itself.
@@ -45,7 +45,7 @@ class NITPCheckpointManager(CheckpointManager):
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """As `CheckpointManager.dcp_load`; `check_initial_load` has seen to it that nothing else is missing."""
-        if from_hf or checkpoint_id != self.initial_load_path:
+        if from_hf or is_remote(checkpoint_id) or checkpoint_id != self.initial_load_path:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         settings = [_settings(optimizer) for optimizer in self.states[OPTIMIZER]]
         dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=DefaultLoadPlanner(allow_partial_load=True))
@@ -102,7 +102,7 @@ def check_initial_load(config, spec: ModelSpec):
     try:
         if not settings.initial_load_in_hf:
             checkpoint = Checkpoint(Path(path))
-            logger.info(_check_native(checkpoint, config, _tensors(spec)))
+            logger.info(_check_native(checkpoint, config, meta_tensors(spec)))
             return replace(config, checkpoint=replace(settings, initial_load_path=str(checkpoint.folder)))
         if not settings.initial_load_in_hf_quantized:
             logger.info(_check_hf(Path(path), hf_config(config.model, spec), spec))
@@ -110,11 +110,6 @@ def check_initial_load(config, spec: ModelSpec):
     except UserError as error:
         reason = f"[checkpoint] initial_load_path: {error}"
         raise UserError(reason, table="checkpoint", key="initial_load_path") from None
-
-
-def _tensors(spec: ModelSpec) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        return spec.model.build().state_dict()
 
 
 def _message(source: Path, loaded: int, states: str, new: Sequence[str], unused: Sequence[str] = ()) -> str:
@@ -147,7 +142,7 @@ def _check_hf(folder: Path, settings: dict[str, Any], spec: ModelSpec) -> str:
     theirs = _read_config(folder)
     _check_settings(folder, settings, theirs)
     adapter = spec.state_dict_adapter(spec.model, None)
-    tensors = _tensors(spec)
+    tensors = meta_tensors(spec)
     wanted = adapter.to_hf(dict(tensors))
     found = _safetensors_shapes(folder)
     for name, tensor in wanted.items():

@@ -29,6 +29,7 @@ from nitp_titan.config import (
     UserError,
 )
 from nitp_titan.data import check_sources
+from nitp_titan.hf.export import check_last_save
 from nitp_titan.initial_load import check_initial_load, NITPCheckpointManager
 from nitp_titan.layout import check_layout
 from nitp_titan.loss import ChunkedLoss, find_loss, NITPLoss
@@ -71,6 +72,7 @@ class NITPTrainer(Trainer):
         check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         check_sources(config)
         spec, loss = model_spec_with_nitp(config), loss_with_nitp(config)
+        check_last_save(config, spec)
         config = check_initial_load(config, spec)
         super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
         vocab_size = self.model_config.vocab_size

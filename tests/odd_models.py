@@ -56,12 +56,21 @@ def _wider(model):
         layer.feed_forward.w2.in_features = 320
 
 
+def _taller(model):
+    """190 MB of float32 in tensors of at most 8 MB."""
+    shape = dict(dim=512, n_layers=16, n_heads=8, n_kv_heads=4, hidden_dim=1536, vocab_size=4096, tied=True)
+    taller = llama3.llama(attn_backend="flex", **shape)
+    for field in dataclasses.fields(model):
+        setattr(model, field.name, getattr(taller, field.name))
+
+
 _LLAMA_SCALING = dict(scaling="llama", scaling_factor=8.0, original_max_position_embeddings=64)
 _CHANGED = {
     "llama_scaled": (llama3, "debug", _scaled(ComplexRoPE, **_LLAMA_SCALING)),
     "llama_yarn": (llama3, "debug", _yarn(ComplexRoPE)),
     "llama_theta": (llama3, "debug", _theta),
     "llama_wider": (llama3, "debug", _wider),
+    "llama_tall": (llama3, "debug", _taller),
     "llama_unlike_layers": (llama3, "debug", _unlike_layers),
     "qwen3_yarn": (qwen3, "debug", _yarn(CosSinRoPE)),
     "deepseek_v3_yarn": (deepseek_v3, "debug", _deepseek_yarn),

@@ -5,19 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import IGNORE, saved_run, with_expert_bias, without_expert_bias
+import torch.distributed.checkpoint as dcp
+from helpers import IGNORE, make_config, saved_run, with_expert_bias, without_expert_bias
 from processes import PROJECT
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from nitp_titan.checkpoint import Checkpoint
 from nitp_titan.config import ModelConfig, UserError
-from nitp_titan.hf.export import Export
+from nitp_titan.hf.export import Export, MAX_SHARD_SIZE
 from nitp_titan.metrics_file import read_records
+from nitp_titan.models import build_model_spec
 
 # Longer than GPT-OSS's sliding window of 128.
 LENGTH = 192
@@ -279,6 +282,20 @@ def test_what_has_no_exact_home_is_refused_with_the_reason(assets, tmp_path, mod
     assert f"this model has no exact home in {reason}" in str(refused.value)
 
 
+def test_a_last_save_that_would_lose_tensors_is_refused_before_training(assets, tmp_path):
+    settings = {"last_save_in_hf": True, "last_save_model_only": True, "enable": True}
+    for model, refused in {"qwen3/debug_moe": True, "gpt_oss/debug": True, "moe/debug": False}.items():
+        family, _, flavor = model.partition("/")
+        config = make_config(tmp_path / family, model=ModelConfig(family=family, flavor=flavor), checkpoint=settings)
+        if not refused:
+            config.build().close()
+            continue
+        message = "last_save_in_hf = true, but .*: 'layers.0.moe.expert_bias_E' has no counterpart there"
+        with pytest.raises(UserError, match=message):
+            config.build()
+        assert not (tmp_path / family).exists()
+
+
 def _copy(runs, tmp_path) -> Path:
     shutil.copytree(runs("llama3/debug")[0], tmp_path / "run")
     return tmp_path / "run"
@@ -351,3 +368,61 @@ def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path)
         assert refused.returncode != 0
         assert message in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+_MEASURED = """
+import sys, threading
+from pathlib import Path
+from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.hf.export import Export
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, resident())
+
+run, out = map(Path, sys.argv[1:])
+for size in ("10MB", "500MB"):
+    export = Export(Checkpoint(run), max_shard_size=size)
+    before, peak, done = resident(), 0, threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    written = export.write(out / size)
+    done.set()
+    watcher.join()
+    print(peak - before, written.num_bytes)
+"""
+
+
+def test_the_memory_of_an_export_is_that_of_a_shard(runs, tmp_path):
+    """A model of 190 MB in shards of 10 MB; in one shard the same measurement sees the whole model."""
+    run = tmp_path / "run"
+    run.mkdir()
+    resolved = (runs("llama3/debug")[0] / "resolved.toml").read_text()
+    resolved = resolved.replace('family = "llama3"', 'family = "odd_models"').replace('"debug"', '"llama_tall"')
+    (run / "resolved.toml").write_text(resolved)
+    model = build_model_spec(ModelConfig(family="odd_models", flavor="llama_tall")).model.build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(model.state_dict(), checkpoint_id=run / "checkpoint/step-1", no_dist=True)
+    command = [sys.executable, "-c", _MEASURED, str(run), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": f"{PROJECT}:{PROJECT}/tests"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    sharded, whole = (tuple(map(int, line.split())) for line in done.stdout.splitlines()[-2:])
+    assert sharded[1] == whole[1] > 190e6
+    assert sharded[0] < 50e6
+    assert whole[0] > 180e6
+
+
+def test_no_tensor_of_the_largest_model_is_larger_than_a_shard():
+    """So the bound above, a shard and one tensor, holds for 45B: at most 8 GB for 180 GB of weights."""
+    with torch.device("meta"):
+        tensors = build_model_spec(ModelConfig(family="moe", flavor="45B-A5.5B")).model.build().state_dict()
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 175e9
+    assert (
+        max(tensor.nbytes for tensor in tensors.values()) < 3e9 < 5e9 == float(MAX_SHARD_SIZE.removesuffix("GB")) * 1e9
+    )

@@ -17,11 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from nitp_titan.checkpoint import Checkpoint
 from nitp_titan.config import UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX, without_projector
 from nitp_titan.hf.card import model_card
+from nitp_titan.hf.config import require
 from nitp_titan.models import hf_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,22 +85,14 @@ class Export:
         self.settings = hf_config(self.config.model, spec)
         self.architecture = self.settings["architectures"][0]
         self.adapter = without_projector(spec.state_dict_adapter)(spec.model, None)
-        with torch.device("meta"):
-            model = spec.model.build().state_dict()
+        model = meta_tensors(spec)
         checkpoint.check_model(model)
-        self.sources = {name: self._named(name, tensor) for name, tensor in model.items()}
+        self.sources = {name: _named(self.adapter, name, tensor) for name, tensor in model.items()}
         """Tensors of the model -> their tensors in transformers, on the meta device."""
         self._check_left_out()
         self.tokenizer_folder = tokenizer or Path(self.config.hf_assets_path)
         self.tokenizer = _tokenizer(self.tokenizer_folder, spec.model.vocab_size)
         self.shards = self._sharded(max_shard_size)
-
-    def _named(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """One tensor of the model, or views of it, under the names in transformers; none without a counterpart."""
-        try:
-            return self.adapter.to_hf({name: tensor})
-        except KeyError:
-            return {}
 
     def _stored(self, name: str, tensor: Tensor) -> Tensor:
         """A contiguous copy in the type of the export; the copies of views share no memory."""
@@ -119,9 +114,8 @@ class Export:
             ) from None
 
     def _check_left_out(self) -> None:
-        """Only zeros may be left out, and a tied unembedding, which the embedding stands for."""
-        tied = ["lm_head.weight"] if self.settings["tie_word_embeddings"] else []
-        orphans = [name for name, tensors in self.sources.items() if not tensors and name not in tied]
+        """Only zeros may be left out."""
+        orphans = _without_counterpart(self.sources, self.settings)
         moved = [name for name, tensor in self.checkpoint.load(orphans).items() if tensor.count_nonzero()]
         if moved:
             reason = "; load balancing has moved it" if moved[0].endswith("expert_bias_E") else ""
@@ -190,7 +184,7 @@ class Export:
         # More than one is open only around a tensor that is larger than a shard and gets one of its own.
         filling: dict[str, dict[str, Tensor]] = {}
         for name in [name for name, views in self.sources.items() if views]:
-            for hf_name, view in self._named(name, self.checkpoint.load([name])[name]).items():
+            for hf_name, view in _named(self.adapter, name, self.checkpoint.load([name])[name]).items():
                 file = file_of[hf_name]
                 filling.setdefault(file, {})[hf_name] = self._stored(hf_name, view)
                 if len(filling[file]) == len(files[file]):
@@ -219,6 +213,47 @@ class Export:
             "torch_dtype": str(self.dtype).removeprefix("torch."),
             "use_cache": True,
         }
+
+
+def check_last_save(config, spec: ModelSpec) -> None:
+    """Raise UserError unless every tensor of a model can be saved by ``last_save_in_hf`` at the end of its training.
+
+    Args:
+        config: a ``Trainer.Config``.
+        spec: the model to be trained, its projector included.
+    """
+    if not (config.checkpoint.enable and config.checkpoint.last_save_in_hf):
+        return
+    try:
+        settings = hf_config(config.model, spec)
+        adapter = spec.state_dict_adapter(spec.model, None)
+        sources = {name: _named(adapter, name, tensor) for name, tensor in meta_tensors(spec).items()}
+        orphans = [n for n in _without_counterpart(sources, settings) if not n.startswith(PROJECTOR_PREFIX)]
+        architecture = settings["architectures"][0]
+        require(not orphans, architecture, f"'{next(iter(orphans), '')}' has no counterpart there")
+    except UserError as error:
+        reason = f"[checkpoint] last_save_in_hf = true, but {error}"
+        raise UserError(reason, table="checkpoint", key="last_save_in_hf") from None
+
+
+def meta_tensors(spec: ModelSpec) -> dict[str, Tensor]:
+    """Tensors of a whole model by name, without their contents."""
+    with torch.device("meta"):
+        return spec.model.build().state_dict()
+
+
+def _named(adapter: BaseStateDictAdapter, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One tensor of a model, or views of it, under the names in transformers; none without a counterpart."""
+    try:
+        return adapter.to_hf({name: tensor})
+    except KeyError:
+        return {}
+
+
+def _without_counterpart(sources: dict[str, dict[str, Tensor]], settings: dict[str, Any]) -> list[str]:
+    """Tensors that would be left out, but a tied unembedding, which the embedding stands for."""
+    tied = ["lm_head.weight"] if settings["tie_word_embeddings"] else []
+    return [name for name, tensors in sources.items() if not tensors and name not in tied]
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> HuggingFaceTokenizer:
