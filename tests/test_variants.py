@@ -1,6 +1,9 @@
 """Families and variants: refusals with their reasons, a forward of one's own, and a package outside this project."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from helpers import make_config, train
 from processes import PROJECT
 from torchtitan.models import deepseek_v3, kimi_k2_7, llama3, muse_glimmer
 from torchtitan.models.llama3 import Llama3Model
+from transformers import AutoConfig
 
 from nitp_titan.config import ModelConfig, NITPConfig, UserError
 from nitp_titan.metrics_file import read_records
@@ -168,7 +172,7 @@ def test_the_package_of_the_readme_trains_from_a_folder_of_its_own(torchrun, tmp
             "-m",
             "nitp_titan.train",
             *("--recipe", str(tmp_path / f"my_variant/recipes/{arm}.toml"), "--training.steps", "3"),
-            *("--dump_folder", str(run), "--metrics.log_freq", "1", "--checkpoint.no-enable"),
+            *("--dump_folder", str(run), "--metrics.log_freq", "1", "--checkpoint.keep_latest_k", "0"),
             PYTHONPATH=str(tmp_path),
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -180,4 +184,9 @@ def test_the_package_of_the_readme_trains_from_a_folder_of_its_own(torchrun, tmp
     # The angle between random directions is a quarter turn.
     assert losses["nitp"][0]["nitp_loss"] == pytest.approx(0.5, abs=0.02)
     assert "nitp_loss" not in losses["ntp"][0]
+    command = [sys.executable, "scripts/export_hf.py", "--checkpoint", str(tmp_path / "runs/nitp")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*command, "--out", str(tmp_path / "hf")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert AutoConfig.from_pretrained(tmp_path / "hf").intermediate_size == 384
     assert sum(len(Path(tmp_path / name).read_text().splitlines()) for name in files) < 60
