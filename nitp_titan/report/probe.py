@@ -1,0 +1,183 @@
+"""What is written of a probe: tables, figures and the numbers themselves."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from nitp_titan.config import UserError
+from nitp_titan.report import drawing
+from nitp_titan.report.drawing import Drawing
+from nitp_titan.report.figures import COLORS
+
+Figures = dict[str, Any]
+"""Of a state, from `geometry.describe`."""
+
+
+def _of_dim(figure: str) -> Callable[[Figures], float]:
+    # A spectrum ends at the last of all ranks.
+    return lambda figures: figures[figure] / figures["spectrum"]["rank"][-1]
+
+
+def _plain(figure: str) -> Callable[[Figures], float]:
+    return lambda figures: figures[figure]
+
+
+# Row of the table of last hidden states -> its value and form.
+_ROWS = {
+    "effective rank": (_plain("effective_rank"), ".2f"),
+    "effective rank / dim": (_of_dim("effective_rank"), ".4f"),
+    "RankMe": (_plain("rankme"), ".2f"),
+    "RankMe / dim": (_of_dim("rankme"), ".4f"),
+    "participation ratio": (_plain("participation_ratio"), ".2f"),
+    "average cosine, all pairs": (_plain("cosine"), ".4f"),
+    "average cosine, sampled pairs": (_plain("cosine_sampled"), ".4f"),
+}
+_BY_LAYER = ("effective rank", "average cosine, all pairs")
+_BY_LAYER_OF_DIFFERENT_DIMS = ("effective rank", "effective rank / dim", "average cosine, all pairs")
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Markdown tables of the last hidden states and of a figure by layer each; differences are to the first model."""
+    models = result["models"]
+    names, others = [model["name"] for model in models], models[1:]
+    columns = [*names, *(f"{other['name']} - {names[0]}" for other in others)]
+    sizes = [
+        [size, *(f"{model[size]:,}" for model in models), *("" for _ in others)]
+        for size in ("tokens", "sequences", "dim")
+    ]
+    parts = [_table(["last hidden state", *columns], sizes + [[row, *_cells(models, "hidden", row)] for row in _ROWS])]
+    layers = [f"layer_{number}" for number in range(max(model["num_layers"] for model in models) + 1)]
+    if any(layer in model["states"] for model in models for layer in layers):
+        shown = _BY_LAYER if len({model["dim"] for model in models}) == 1 else _BY_LAYER_OF_DIFFERENT_DIMS
+        for row in shown:
+            parts.append(
+                _table([row, *columns], [[state, *_cells(models, state, row)] for state in [*layers, "hidden"]])
+            )
+    return "\n\n".join(parts)
+
+
+def _cells(models: Sequence[dict[str, Any]], state: str, row: str) -> list[str]:
+    """Value of every model, then the differences to the first; ``-`` without a value."""
+    of, form = _ROWS[row]
+    values = [of(figures) if (figures := model["states"].get(state)) else None for model in models]
+    first = values[0]
+    differences = [None if None in (value, first) else value - first for value in values[1:]]
+    cells = ["-" if value is None else f"{value:{form}}" for value in values]
+    return cells + ["-" if value is None else f"{value:+{form}}" for value in differences]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def drawings(result: dict[str, Any]) -> list[Drawing]:
+    """Effective rank and cosine by layer, and the spectrum of the last hidden states, as far as they were measured."""
+    models = result["models"]
+    caption = "What enters the first layer and leaves each; open: the last hidden state, after the final norm."
+    found = []
+    for figure, title, label in (
+        ("effective_rank", "Effective rank by layer", "directions"),
+        ("cosine", "Average cosine similarity by layer", "cosine, all pairs"),
+    ):
+        if any(model["states"] for model in models):
+            found.append(Drawing(f"layers_{figure}", title, caption, _by_layer(models, figure, label)))
+    if any(_spectrum(model) for model in models):
+        caption = "Covariance of the last hidden states."
+        found.append(Drawing("spectrum", "Spectrum of the last hidden state", caption, _spectra(models)))
+    return found
+
+
+def _colored(models: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    return ((model, COLORS[index % len(COLORS)]) for index, model in enumerate(models))
+
+
+def _by_layer(models: Sequence[dict[str, Any]], figure: str, label: str) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for model, color in _colored(models):
+            states, numbers = model["states"], range(model["num_layers"] + 1)
+            points = [(n, states[f"layer_{n}"][figure]) for n in numbers if f"layer_{n}" in states]
+            if points:
+                axes.plot(*zip(*points), color=color, marker="o", markersize=3.5, label=model["name"])
+            if "hidden" in states:
+                last, label_of_last = (model["num_layers"], states["hidden"][figure]), None if points else model["name"]
+                style = {"marker": "D", "markersize": 5.5, "markerfacecolor": "none", "linestyle": "none"}
+                axes.plot(*last, color=color, label=label_of_last, **style)
+        axes.set(xlabel="layer (0: embedding; open: after the final norm)", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return draw
+
+
+def _spectrum(model: dict[str, Any]) -> list[tuple[int, float]]:
+    """Rank and share of the variance of the last hidden state's eigenvalues, those above zero."""
+    spectrum = model["states"].get("hidden", {}).get("spectrum", {"rank": [], "share": []})
+    return [(rank, share) for rank, share in zip(spectrum["rank"], spectrum["share"]) if share > 0]
+
+
+def _spectra(models: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for model, color in _colored(models):
+            if points := _spectrum(model):
+                axes.plot(*zip(*points), color=color, label=model["name"])
+        axes.set(xscale="log", yscale="log", xlabel="eigenvalue, by rank", ylabel="share of the variance")
+
+    return draw
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The page ``geometry.md``: tables, warnings, figures, settings."""
+    settings, versions = result["settings"], result["versions"]
+    names = [model["name"] for model in result["models"]]
+    against = f"{', '.join(names[1:])} against {names[0]}" if len(names) > 1 else names[0]
+    parts = [f"# Geometry of {against}", tables(result)]
+    parts += ["**Warnings:**\n\n" + "\n".join(f"- {line}" for line in result["warnings"])] if result["warnings"] else []
+    parts += [f"![{one.title}]({one.name}.png)\n\n{one.caption}" for one in drawings(result)]
+    rows = [[model["name"], model["model"]] for model in result["models"]]
+    rows += [[name, str(value)] for name, value in {**settings, **versions}.items()]
+    return "\n\n".join([*parts, _table(["setting", "value"], rows)]) + "\n"
+
+
+def check_writable(out: Path) -> None:
+    """Raise UserError unless files can be written into a folder, which need not exist yet. Nothing is made."""
+    existing = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        reason = "may not be written to" if existing.is_dir() else "is no folder"
+        raise UserError(f"--out {out} cannot be written: {existing} {reason}.")
+
+
+def write(result: dict[str, Any], out: Path) -> list[Path]:
+    """Write ``geometry.json``, ``geometry.md``, every figure as PNG and SVG, and all in one ``geometry.png``.
+
+    Returns:
+        The files. They appear once all of them are complete.
+
+    Raises:
+        UserError: if they cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            draft = Path(scratch)
+            for one in (drawn := drawings(result)):
+                drawing.write_files(one, draft)
+            if drawn:
+                drawing.write_overview(drawn, draft / "geometry.png")
+            (draft / "geometry.md").write_text(markdown(result), encoding="utf-8")
+            (draft / "geometry.json").write_text(as_json(result) + "\n", encoding="utf-8")
+            names = sorted(path.name for path in draft.iterdir())
+            for name in names:
+                os.replace(draft / name, out / name)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}.") from None
+    return [out / name for name in names]
+
+
+def as_json(result: dict[str, Any]) -> str:
+    """The text of ``geometry.json``."""
+    return json.dumps(result, indent=1, allow_nan=False)

@@ -1,0 +1,55 @@
+"""Effective rank, cosine and spectrum of pretrained models' hidden states, layer by layer, on a text of yours.
+
+python scripts/probe_geometry.py --model outputs/export/nitp --text assets/stdlib/validation.jsonl --out outputs/probe
+python scripts/probe_geometry.py --model ntp=outputs/export/ntp --model nitp=outputs/export/nitp \\
+    --text corpus.jsonl --dtype bfloat16 --out outputs/probe         # side by side, differences to the first
+
+Any causal language model that transformers loads: a folder, or owner/name on the Hugging Face hub. The figures are
+those of training's geometry.jsonl. The first --seq-len tokens of every document are one sequence; all models read the
+same documents, as many as hold --tokens tokens of the first model.
+"""
+
+import argparse
+from pathlib import Path
+
+from nitp_titan.config import exit_with, UserError
+from nitp_titan.probe import check, named_models, probe, say, Settings
+from nitp_titan.report.probe import as_json, check_writable, tables, write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", required=True, metavar="[NAME=]MODEL", help="repeat to compare")
+    parser.add_argument(
+        "--text", type=Path, required=True, help="JSON lines, or .txt with blank lines between documents"
+    )
+    parser.add_argument("--text-field", default=Settings.text_field, help="field of the JSON lines (%(default)s)")
+    parser.add_argument("--seq-len", type=int, default=Settings.seq_len, help="tokens per document (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=Settings.tokens, help="at most so many in all (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=Settings.batch_size, help="sequences at a time (%(default)s)")
+    parser.add_argument("--dtype", default=Settings.dtype, help="float32, bfloat16 or float16 (%(default)s)")
+    parser.add_argument("--device", default=Settings.device, help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--num-pairs", type=int, default=Settings.num_pairs, help="sampled pairs (%(default)s)")
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="of the sampled pairs (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of geometry.json, geometry.md and the figures")
+    parser.add_argument("--json", action="store_true", help="print geometry.json instead of the table")
+    arguments = vars(parser.parse_args())
+    models, out, as_text = arguments.pop("model"), arguments.pop("out"), arguments.pop("json")
+    settings = Settings(**arguments)
+    models = named_models(models)
+    check(settings)
+    check_writable(out)
+    result = probe(models, settings)
+    files = write(result, out)
+    print(as_json(result) if as_text else tables(result))
+    for line in result["warnings"]:
+        say(f"warning: {line}")
+    if not as_text:
+        print("\n" + "\n".join(map(str, files)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)
