@@ -1,9 +1,9 @@
 """The model card of an exported model: what it is, how it was trained, what was measured."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nitp_titan import markdown
 from nitp_titan.checkpoint import Checkpoint
 from nitp_titan.metrics_file import read_records
 
@@ -54,11 +54,11 @@ def model_card(checkpoint: Checkpoint, config, architecture: str) -> str:
             "",
             "## Training",
             "",
-            *_table(("setting", "value"), _settings(config).items()),
+            markdown.table(["setting", "value"], [[k, str(v)] for k, v in _settings(config).items()], "ll"),
             "",
             f"## Measured at step {checkpoint.step:,}",
             "",
-            *_table(("figure", "value"), _measured(checkpoint).items()),
+            markdown.table(["figure", "value"], list(_measured(checkpoint).items())),
             "",
             "## Citation",
             "",
@@ -107,7 +107,3 @@ def _measured(checkpoint: Checkpoint) -> dict[str, Any]:
 def _last_record(path: Path, step: int) -> dict[str, Any]:
     records = read_records(path) if path.is_file() else []
     return next((record for record in reversed(records) if record["step"] <= step), {})
-
-
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> list[str]:
-    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nitp_titan import markdown
 from nitp_titan.report import drawing, figures, runs
 from nitp_titan.report.runs import Arm, common_step, Differences
 from nitp_titan.report.stats import Difference, difference, Figure, FIGURES, FINAL_SHARE, mean, phases
@@ -163,12 +164,12 @@ class Report:
         parts = [f"# {self.title()}", f"At step {self.step:,}.", _bullets(self.sentences())]
         parts += ["**Not a fair comparison:**\n\n" + _bullets(self.settings.warnings)] if self.settings.warnings else []
         parts += ["**Could not be read:**\n\n" + _bullets(self.problems)] if self.problems else []
-        parts += ["## Final figures", _markdown_table(*self.final_table())]
+        parts += ["## Final figures", markdown.table(*self.final_table())]
         parts += [_NOTE, "## Figures"]
         parts += [f"![{d.title}]({d.name}.png)\n\n{d.caption}" for d in self.drawings]
         if self.difference_table()[1]:
-            parts += [f"## Differences to {self.baseline.name}", _markdown_table(*self.difference_table())]
-        parts += ["## Settings that differ", *self._settings_parts(_markdown_table, _bullets)]
+            parts += [f"## Differences to {self.baseline.name}", markdown.table(*self.difference_table())]
+        parts += ["## Settings that differ", *self._settings_parts(markdown.table, _bullets)]
         return "\n\n".join(parts) + "\n"
 
     def html(self) -> str:
@@ -221,14 +222,9 @@ def _bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def markdown_table(report: Report) -> str:
     """The table of final figures."""
-    return _markdown_table(*report.final_table())
+    return markdown.table(*report.final_table())
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from nitp_titan.config import UserError
+from nitp_titan.markdown import table
 from nitp_titan.report import drawing
 from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.figures import COLORS
@@ -50,13 +51,13 @@ def tables(result: dict[str, Any]) -> str:
         [size, *(f"{model[size]:,}" for model in models), *("" for _ in others)]
         for size in ("tokens", "sequences", "dim")
     ]
-    parts = [_table(["last hidden state", *columns], sizes + [[row, *_cells(models, "hidden", row)] for row in _ROWS])]
+    parts = [table(["last hidden state", *columns], sizes + [[row, *_cells(models, "hidden", row)] for row in _ROWS])]
     layers = [f"layer_{number}" for number in range(max(model["num_layers"] for model in models) + 1)]
     if any(layer in model["states"] for model in models for layer in layers):
         shown = _BY_LAYER if len({model["dim"] for model in models}) == 1 else _BY_LAYER_OF_DIFFERENT_DIMS
         for row in shown:
             parts.append(
-                _table([row, *columns], [[state, *_cells(models, state, row)] for state in [*layers, "hidden"]])
+                table([row, *columns], [[state, *_cells(models, state, row)] for state in [*layers, "hidden"]])
             )
     return "\n\n".join(parts)
 
@@ -69,11 +70,6 @@ def _cells(models: Sequence[dict[str, Any]], state: str, row: str) -> list[str]:
     differences = [None if None in (value, first) else value - first for value in values[1:]]
     cells = ["-" if value is None else f"{value:{form}}" for value in values]
     return cells + ["-" if value is None else f"{value:+{form}}" for value in differences]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def drawings(result: dict[str, Any]) -> list[Drawing]:
@@ -140,7 +136,7 @@ def markdown(result: dict[str, Any]) -> str:
     parts += [f"![{one.title}]({one.name}.png)\n\n{one.caption}" for one in drawings(result)]
     rows = [[model["name"], model["model"]] for model in result["models"]]
     rows += [[name, str(value)] for name, value in {**settings, **versions}.items()]
-    return "\n\n".join([*parts, _table(["setting", "value"], rows)]) + "\n"
+    return "\n\n".join([*parts, table(["setting", "value"], rows)]) + "\n"
 
 
 def check_writable(out: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nitp_titan import markdown
 from nitp_titan.config import UserError
 from nitp_titan.report.runs import Arm, read_arms, Run
 from nitp_titan.report.stats import bootstrap_interval, final_mean, last, mean, median, paired, phases
@@ -156,8 +157,7 @@ def mechanisms_table(arms: dict[str, Arm]) -> str:
     rows = [row for mechanism in MECHANISMS if (row := _row(mechanism, arms))]
     if not rows:
         return "No claim has finished runs of both its arms yet."
-    lines = [header, ["---"] * 3 + ["---:"] * 4 + ["---"], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{_NOTE}"
+    return markdown.table(header, rows, "lllrrrrl") + f"\n\n{_NOTE}"
 
 
 def _row(mechanism: Mechanism, arms: dict[str, Arm]) -> list[str] | None:
