@@ -35,6 +35,8 @@ def main() -> None:
     )
     print(f"{checkpoint.folder}: {export.architecture}, {arguments.dtype}", flush=True)
     done = export.write(arguments.out, say=lambda line: print(line, flush=True))
+    for note in export.notes():
+        print(f"note: {note}")
     left_out = f", without {len(done.left_out)} tensors of the projector" if done.left_out else ""
     print(f"{done.folder}: {done.parameters:,} parameters, {done.num_bytes / 1e9:.3f} GB{left_out}")
 

@@ -182,6 +182,16 @@ def test_the_tokenizer_is_that_of_training(runs, tmp_path):
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
+def test_a_tokenizer_that_leaves_bos_to_its_user_is_noted(runs, tmp_path):
+    folder, trainer = runs("llama3/debug")
+    shutil.copytree(trainer.config.hf_assets_path, tmp_path / "tokenizer")
+    assert Export(Checkpoint(folder), tokenizer=tmp_path / "tokenizer").notes() == []
+    settings = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(settings | {"post_processor": None}))
+    (note,) = Export(Checkpoint(folder), tokenizer=tmp_path / "tokenizer").notes()
+    assert note.startswith("training put <|bos|> before every document, which this tokenizer does not do")
+
+
 def test_shards_hold_the_tensors_of_one_file_bit_for_bit(runs, tmp_path):
     folder, _ = runs("moe/debug")
     whole = _export(folder, tmp_path / "whole")

@@ -94,6 +94,13 @@ class Export:
         self.tokenizer = _tokenizer(self.tokenizer_folder, spec.model.vocab_size)
         self.shards = self._sharded(max_shard_size)
 
+    def notes(self) -> list[str]:
+        """What a user of the exported model has to know and cannot see."""
+        tokenizer = self.tokenizer
+        if tokenizer.bos_id is None or tokenizer.hf_adds_bos:
+            return []
+        return [f"training put {tokenizer.bos_token} before every document, which this tokenizer does not do by itself"]
+
     def _stored(self, name: str, tensor: Tensor) -> Tensor:
         """A contiguous copy in the type of the export; the copies of views share no memory."""
         is_narrowed = tensor.is_floating_point() and not name.endswith(_FLOAT32)
