@@ -57,6 +57,14 @@ class TextDataset(HuggingFaceTextDataset):
             self._positions_buffer = self._positions_buffer[length:]
             yield {"input": inputs, "positions": positions}, labels
 
+    def remainder(self) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
+        """What finite data leaves over at its end: a shorter sequence, which training drops; None if there is none."""
+        if not self._inputs_buffer:
+            return None
+        positions = torch.tensor(self._normalize_positions(self._positions_buffer.copy()))
+        inputs = {"input": torch.tensor(self._inputs_buffer), "positions": positions}
+        return inputs, torch.tensor(self._labels_buffer)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._unread = state_dict.get("data")

@@ -22,6 +22,11 @@ _FILES = {"tokenizer.json": True, "tokenizer_config.json": True, "special_tokens
 _ORIGIN = "origin.json"
 
 
+def hub_token() -> str | bool:
+    """Access token for the hub; False, unlike None, keeps its libraries from sending a cached login."""
+    return os.environ.get("HF_TOKEN") or False
+
+
 def repository(name: str) -> str:
     """Repository ``owner/name`` of a registered tokenizer, or the name itself if it is one; else UserError."""
     if name in TOKENIZERS or name.count("/") == 1:
@@ -87,8 +92,7 @@ def _fetch(repo: str, cache: Path, draft: Path) -> str:
 
     disable_progress_bars()
     logging.set_verbosity_error()
-    # False, unlike None, keeps the library from sending a cached login.
-    token = os.environ.get("HF_TOKEN") or False
+    token = hub_token()
     commit = get_hf_file_metadata(hf_hub_url(repo, "tokenizer.json"), token=token).commit_hash
     draft.mkdir()
     for file, required in _FILES.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nitp_titan import recipe
 from nitp_titan.config import UserError
+from nitp_titan.files import write_atomically
 
 _STAMP = "arm.json"
 
@@ -90,9 +91,7 @@ class Arm:
         return json.loads(stamp.read_text()) if stamp.is_file() else {}
 
     def _write_stamp(self, fingerprint: str, *, finished: bool) -> None:
-        draft = self.folder / (_STAMP + ".tmp")
-        draft.write_text(json.dumps({"fingerprint": fingerprint, "finished": finished}))
-        os.replace(draft, self.folder / _STAMP)
+        write_atomically(self.folder / _STAMP, json.dumps({"fingerprint": fingerprint, "finished": finished}))
 
     def _reason(self) -> str:
         lines = (self.folder / "log.txt").read_text().splitlines()

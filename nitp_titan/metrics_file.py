@@ -2,8 +2,9 @@
 
 import json
 import logging
-import os
 from pathlib import Path
+
+from nitp_titan.files import write_atomically
 
 logger = logging.getLogger()
 
@@ -23,9 +24,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [json.dumps(record) + "\n" for record in read_records(self.path) if record["step"] <= step]
-        draft = self.path.with_name(self.path.name + ".tmp")
-        draft.write_text("".join(kept))
-        os.replace(draft, self.path)
+        write_atomically(self.path, "".join(kept))
         self._open()
 
     def append(self, record: dict[str, float]) -> None:

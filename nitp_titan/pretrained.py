@@ -3,7 +3,8 @@
 Needs transformers, which the extra ``eval`` installs.
 """
 
-import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,25 @@ from typing import TYPE_CHECKING
 import torch
 
 from nitp_titan.config import nearest, UserError
+from nitp_titan.hub import hub_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by name.
+
+    Args:
+        name: what tables and files call it.
+        source: its folder, or ``owner/name`` on the Hugging Face hub.
+    """
+
+    name: str
+    source: str
 
 
 def require(package: str) -> None:
@@ -47,6 +62,35 @@ def check_model(name: str) -> None:
         )
 
 
+def read_models(arguments: Sequence[str]) -> list[Model]:
+    """Models of ``[NAME=]SOURCE`` arguments, the baseline first.
+
+    A model without a name is called as its folder, or, where two folders are called alike, by its whole path.
+
+    Raises:
+        UserError: if one is missing, or two have the same name.
+    """
+    split = [_split(argument) for argument in arguments]
+    folders = [Path(source).name for _, source in split]
+    models = []
+    for (name, source), folder in zip(split, folders, strict=True):
+        check_model(source)
+        models.append(Model(name or (folder if folders.count(folder) == 1 else source), source))
+    names = [model.name for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--model: two models are called '{name}'; give names: --model NTP=DIR NITP=DIR.")
+    return models
+
+
+def _split(argument: str) -> tuple[str, str]:
+    # A folder may have '=' in its own name.
+    if Path(argument).is_dir():
+        return "", argument
+    name, _, source = argument.rpartition("=")
+    return name, source
+
+
 def load_pretrained(
     name: str, *, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -64,9 +108,7 @@ def load_pretrained(
     check_model(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # False, unlike None, keeps the library from sending a cached login.
-    options = {"trust_remote_code": False, "token": os.environ.get("HF_TOKEN") or False}
-    options["local_files_only"] = Path(name).is_dir()
+    options = {"trust_remote_code": False, "token": hub_token(), "local_files_only": Path(name).is_dir()}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **options)

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from nitp_titan.config import nearest, UserError
 from nitp_titan.documents import read_documents
 from nitp_titan.hidden_states import decoder_layers, measure
-from nitp_titan.pretrained import check_model, DTYPES, load_pretrained, require
+from nitp_titan.pretrained import DTYPES, load_pretrained, Model, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,23 +80,6 @@ class Settings:
         return torch.device(self.device)
 
 
-def named_models(arguments: Iterable[str]) -> dict[str, str]:
-    """Name -> folder or hub name of ``[NAME=]MODEL`` arguments; by default the last part of the path is the name.
-
-    Raises:
-        UserError: if two have the same name, or a model can be neither a folder nor on the hub.
-    """
-    models: dict[str, str] = {}
-    for argument in arguments:
-        name, _, model = ("", "", argument) if Path(argument).is_dir() else argument.rpartition("=")
-        check_model(model)
-        name = name or Path(model).absolute().name
-        if name in models:
-            raise UserError(f"--model {argument}: '{name}' is {models[name]} already; give it a name: NAME={model}.")
-        models[name] = model
-    return models
-
-
 def tokenized(
     documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", seq_len: int, max_tokens: float = float("inf")
 ) -> Iterator[Tensor]:
@@ -147,11 +130,11 @@ def check(settings: Settings) -> None:
         )
 
 
-def probe(models: dict[str, str], settings: Settings) -> dict[str, Any]:
+def probe(models: Sequence[Model], settings: Settings) -> dict[str, Any]:
     """Measure models, one after another, on the same documents.
 
     Args:
-        models: name -> folder or hub name, from `named_models`.
+        models: from `pretrained.read_models`; the others are compared with the first.
 
     Returns:
         What `geometry.json` holds: ``settings``, ``versions``, ``warnings`` and per model its ``name``, ``model``,
@@ -165,11 +148,11 @@ def probe(models: dict[str, str], settings: Settings) -> dict[str, Any]:
     check(settings)
     measured: list[dict[str, Any]] = []
     warnings: list[str] = []
-    for name, model in models.items():
-        say(f"{name}: loading {model}")
+    for name, source in ((model.name, model.source) for model in models):
+        say(f"{name}: loading {source}")
         num_documents = measured[0]["sequences"] if measured else None
         try:
-            found, said = _probe_one(name, model, settings, num_documents)
+            found, said = _probe_one(name, source, settings, num_documents)
         except torch.OutOfMemoryError:
             way_out = "lower --batch-size or --seq-len, or take --dtype bfloat16 or --device cpu"
             raise UserError(f"{name} does not fit into the memory of {settings.torch_device()}; {way_out}.") from None
@@ -184,10 +167,10 @@ def probe(models: dict[str, str], settings: Settings) -> dict[str, Any]:
 
 
 def _probe_one(
-    name: str, model_name: str, settings: Settings, num_documents: int | None
+    name: str, source: str, settings: Settings, num_documents: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Figures of a model and warnings; without a number of documents ``settings.tokens`` ends the text."""
-    model, tokenizer = load_pretrained(model_name, dtype=settings.dtype, device=settings.torch_device())
+    model, tokenizer = load_pretrained(source, dtype=settings.dtype, device=settings.torch_device())
     warnings = []
     config, seq_len = model.config.get_text_config(), settings.seq_len
     num_layers = len(decoder_layers(model.get_decoder()))
@@ -198,7 +181,7 @@ def _probe_one(
     documents = islice(read_documents(settings.text, settings.text_field), num_documents)
     limit = settings.tokens if num_documents is None else float("inf")
     sequences = list(tokenized(documents, tokenizer, seq_len, limit))
-    _check_sequences(sequences, model, model_name, settings)
+    _check_sequences(sequences, model, source, settings)
     num_tokens = sum(map(len, sequences))
     states, left_out = measure(
         model,
@@ -213,10 +196,10 @@ def _probe_one(
         warnings.append(f"{num_tokens:,} tokens at dim {config.hidden_size:,}: no rank is above {num_tokens - 1:,}.")
     sizes = {"tokens": num_tokens, "sequences": len(sequences), "seq_len": seq_len}
     shape = {"dim": config.hidden_size, "num_layers": num_layers}
-    return {"name": name, "model": model_name, **sizes, **shape, "states": states}, warnings
+    return {"name": name, "model": source, **sizes, **shape, "states": states}, warnings
 
 
-def _check_sequences(sequences: Sequence[Tensor], model: nn.Module, model_name: str, settings: Settings) -> None:
+def _check_sequences(sequences: Sequence[Tensor], model: nn.Module, source: str, settings: Settings) -> None:
     if sum(len(ids) > 0 for ids in sequences) < 2:
         raise UserError(
             f"--tokens {settings.tokens}: fewer than 2 documents of {settings.text} fit, of up to --seq-len "
@@ -224,7 +207,7 @@ def _check_sequences(sequences: Sequence[Tensor], model: nn.Module, model_name: 
         )
     largest, rows = max(int(ids.max()) for ids in sequences if len(ids)), len(model.get_input_embeddings().weight)
     if largest >= rows:
-        raise UserError(f"{model_name}: its tokenizer made token {largest}, but its embedding has {rows} rows.")
+        raise UserError(f"{source}: its tokenizer made token {largest}, but its embedding has {rows} rows.")
 
 
 def _not_alike(measured: Sequence[dict[str, Any]]) -> list[str]:

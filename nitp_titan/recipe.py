@@ -6,7 +6,6 @@ to exactly one of the two. Imports torch only when a config is built.
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import tomli
 import tomli_w
 
 from nitp_titan.config import nearest, UserError
+from nitp_titan.files import write_atomically
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -199,14 +199,8 @@ def write_resolved(config, folder: Path) -> None:
     tables = schema.to_tables(config)
     folder.mkdir(parents=True, exist_ok=True)
     head = "# The resolved configuration of a run; torchrun ... -m nitp_titan.train --recipe <this file>\n"
-    _replace(folder / "resolved.toml", head + tomli_w.dumps({"resolved": True, **tables}))
-    _replace(folder / "resolved.json", json.dumps(tables, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    write_atomically(folder / "resolved.toml", head + tomli_w.dumps({"resolved": True, **tables}))
+    write_atomically(folder / "resolved.json", json.dumps(tables, indent=2) + "\n")
 
 
 def find(name: str, folder: str) -> Path:

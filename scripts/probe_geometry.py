@@ -1,7 +1,7 @@
 """Effective rank, cosine and spectrum of pretrained models' hidden states, layer by layer, on a text of yours.
 
-python scripts/probe_geometry.py --model outputs/export/nitp --text assets/stdlib/validation.jsonl --out outputs/probe
-python scripts/probe_geometry.py --model ntp=outputs/export/ntp --model nitp=outputs/export/nitp \\
+python scripts/probe_geometry.py --model outputs/hf/nitp --text assets/stdlib/validation.jsonl --out outputs/probe
+python scripts/probe_geometry.py --model ntp=outputs/hf/ntp nitp=outputs/hf/nitp \\
     --text corpus.jsonl --dtype bfloat16 --out outputs/probe         # side by side, differences to the first
 
 Any causal language model that transformers loads: a folder, or owner/name on the Hugging Face hub. The figures are
@@ -13,13 +13,16 @@ import argparse
 from pathlib import Path
 
 from nitp_titan.config import exit_with, UserError
-from nitp_titan.probe import check, named_models, probe, say, Settings
+from nitp_titan.pretrained import read_models
+from nitp_titan.probe import check, probe, say, Settings
 from nitp_titan.report.probe import as_json, check_writable, tables, write
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True, metavar="[NAME=]MODEL", help="repeat to compare")
+    parser.add_argument(
+        "--model", nargs="+", action="append", required=True, metavar="[NAME=]MODEL", help="a folder, or owner/name"
+    )
     parser.add_argument(
         "--text", type=Path, required=True, help="JSON lines, or .txt with blank lines between documents"
     )
@@ -36,7 +39,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     models, out, as_text = arguments.pop("model"), arguments.pop("out"), arguments.pop("json")
     settings = Settings(**arguments)
-    models = named_models(models)
+    models = read_models([model for several in models for model in several])
     check(settings)
     check_writable(out)
     result = probe(models, settings)

@@ -29,7 +29,8 @@ from nitp_titan import meter
 from nitp_titan.config import UserError
 from nitp_titan.documents import read_documents
 from nitp_titan.hidden_states import Collector, decoder_layers, draw_pairs, HIDDEN, measure
-from nitp_titan.probe import check, named_models, probe, Settings, tokenized
+from nitp_titan.pretrained import read_models
+from nitp_titan.probe import check, probe, Settings, tokenized
 from nitp_titan.report.probe import as_json, check_writable, tables, write
 
 DIM, LAYERS, VOCABULARY = 32, 3, 4160
@@ -273,11 +274,11 @@ def test_blank_lines_part_the_documents_of_a_text_file(tmp_path):
 
 def test_the_script_compares_two_models_offline(saved, text, tmp_path):
     out, (llama, gpt2) = tmp_path / "new/probe", saved.values()
-    command = [sys.executable, "scripts/probe_geometry.py", "--model", str(llama), "--model", f"second={gpt2}"]
+    command = [sys.executable, "scripts/probe_geometry.py", "--model", str(llama), f"second={gpt2}"]
     command += ["--text", str(text), "--seq-len", "16", "--num-pairs", "32", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
-    models = named_models([str(llama), f"second={gpt2}"])
+    models = read_models([str(llama), f"second={gpt2}"])
     result = probe(models, Settings(text=text, seq_len=16, num_pairs=32))
     assert json.loads((out / "geometry.json").read_text()) == json.loads(as_json(result))
     files = {
@@ -292,7 +293,7 @@ def test_the_script_compares_two_models_offline(saved, text, tmp_path):
 
 
 def test_the_table_has_both_models_and_their_difference(saved, text):
-    result = probe(named_models(map(str, saved.values())), Settings(text=text, seq_len=16))
+    result = probe(read_models([*map(str, saved.values())]), Settings(text=text, seq_len=16))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables(result).splitlines()]
     assert rows[0] == ["last hidden state", "llama", "gpt2", "gpt2 - llama"]
     ranks = [model["states"]["hidden"]["effective_rank"] for model in result["models"]]
@@ -305,7 +306,7 @@ def test_models_of_different_context_are_cut_and_named(saved, text, tmp_path):
     short = tmp_path / "short"
     LlamaForCausalLM(LlamaConfig(**SIZES | {"max_position_embeddings": 8})).save_pretrained(short)
     AutoTokenizer.from_pretrained(saved["gpt2"]).save_pretrained(short)
-    result = probe(named_models([str(saved["gpt2"]), str(short)]), Settings(text=text, seq_len=16))
+    result = probe(read_models([str(saved["gpt2"]), str(short)]), Settings(text=text, seq_len=16))
     tokens = [model["tokens"] for model in result["models"]]
     assert tokens[1] < tokens[0]
     assert "short: --seq-len 16 is beyond its max_position_embeddings; 8 is taken." in result["warnings"]
@@ -320,14 +321,14 @@ def test_models_of_different_tokenizers_read_the_same_documents(saved, text, tmp
     tokenizer = json.loads((letters / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (letters / "tokenizer.json").write_text(json.dumps(tokenizer))
-    result = probe(named_models([str(saved["gpt2"]), str(letters)]), Settings(text=text, seq_len=64, tokens=30))
+    result = probe(read_models([str(saved["gpt2"]), str(letters)]), Settings(text=text, seq_len=64, tokens=30))
     first, second = result["models"]
     assert first["tokens"] <= 30 < second["tokens"] and first["sequences"] == second["sequences"]
     assert any(line.startswith("letters: ") and "their tokenizers differ" in line for line in result["warnings"])
 
 
 def test_an_unfinished_write_leaves_nothing_new(saved, text, tmp_path, monkeypatch):
-    result = probe(named_models([str(saved["gpt2"])]), Settings(text=text))
+    result = probe(read_models([str(saved["gpt2"])]), Settings(text=text))
     out = tmp_path / "out"
     write(result, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -390,16 +391,16 @@ def test_missing_files_are_named_with_the_nearest(saved, text):
     with pytest.raises(UserError, match="is not UTF-8"):
         check(Settings(text=text.with_suffix(".gz")))
     with pytest.raises(UserError, match="neither a folder nor"):
-        named_models([str(saved["gpt2"]) + "x"])
-    with pytest.raises(UserError, match="'gpt2' is .* already; give it a name: NAME="):
-        named_models([str(saved["gpt2"])] * 2)
+        read_models([str(saved["gpt2"]) + "x"])
+    with pytest.raises(UserError, match="two models are called .*; give names: --model NTP=DIR NITP=DIR"):
+        read_models([str(saved["gpt2"])] * 2)
     with pytest.raises(UserError, match="--out .*text.jsonl/a/b cannot be written: .*text.jsonl is no folder"):
         check_writable(text / "a/b")
 
 
 def test_too_few_tokens_for_two_documents_are_refused(saved, text):
     with pytest.raises(UserError, match="--tokens 4: fewer than 2 documents .* 32 are always enough"):
-        probe(named_models([str(saved["gpt2"])]), Settings(text=text, tokens=4, seq_len=16))
+        probe(read_models([str(saved["gpt2"])]), Settings(text=text, tokens=4, seq_len=16))
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(saved, text, tmp_path):
@@ -407,7 +408,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(saved, text, tmp_path):
     LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 300})).save_pretrained(small)
     AutoTokenizer.from_pretrained(saved["gpt2"]).save_pretrained(small)
     with pytest.raises(UserError, match="its tokenizer made token [0-9]+, but its embedding has 300 rows"):
-        probe(named_models([str(small)]), Settings(text=text))
+        probe(read_models([str(small)]), Settings(text=text))
 
 
 def test_the_script_says_a_mistake_in_one_line_and_writes_nothing(saved, text, tmp_path):

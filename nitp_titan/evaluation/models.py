@@ -1,0 +1,88 @@
+"""A model of an evaluation in memory, and what identifies its results."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nitp_titan.config import UserError
+from nitp_titan.hub import hub_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, with the number of sequences that it takes at a time."""
+
+    source: str
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    batch_size: int
+
+
+def fingerprint(source: str) -> str:
+    """Hash that changes with the model: its JSON files, and names, sizes and times of its safetensors.
+
+    A model of the hub is known by its commit, or without network by the commit that is cached.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"{source}@{_commit(source)}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        digest.update(repr((path.name, path.read_bytes())).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def check_hub() -> None:
+    """Raise UserError unless the hub answers, or its libraries are told to do without.
+
+    Each of a suite's data sets would else be tried for half a minute.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:
+        raise UserError(
+            f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}), where the suite's data come from. With "
+            "HF_HUB_OFFLINE=1 those that are cached here are used; --suite local and --text need no network."
+        ) from None
+
+
+def num_positions(source: str) -> int | None:
+    """Positions that a model's config.json allows, if it says so.
+
+    Raises:
+        UserError: if the hub does not give the file.
+    """
+    path = Path(source) / "config.json"
+    if not Path(source).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(source, "config.json", token=hub_token()))
+        except Exception as error:
+            # The hub and the network raise many types; each means that the model is not there.
+            reason = next(iter(str(error).splitlines()), "")
+            raise UserError(f"{source} does not load: {type(error).__name__}: {reason}") from error
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("text_config", config).get("max_position_embeddings")
+
+
+def _commit(name: str) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return HfApi().model_info(name, token=hub_token()).sha
+    except Exception:
+        # No network, no such name, no access: loading the model says which, if it is not cached.
+        cached = try_to_load_from_cache(name, "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else "unknown"

@@ -1,0 +1,110 @@
+"""Run what a plan asks for and the result store does not hold yet, one model at a time."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nitp_titan.config import UserError
+from nitp_titan.evaluation.models import check_hub, fingerprint, LoadedModel
+from nitp_titan.evaluation.plan import Plan, Task
+from nitp_titan.evaluation.scores import Score
+from nitp_titan.evaluation.store import ResultStore
+from nitp_titan.metrics import time_left
+from nitp_titan.pretrained import load_pretrained, Model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are run.
+
+    Args:
+        out: folder of the results.
+        dtype: the weights' type, a key of `pretrained.DTYPES`.
+        device: as torch names it.
+        batch_size: sequences at a time.
+    """
+
+    out: Path
+    dtype: str
+    device: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """Scores by model, task and metric; failures by model and task, with the reason; identities of the models."""
+
+    fingerprints: dict[str, str]
+    scores: dict[str, dict[str, dict[str, Score]]]
+    failures: dict[tuple[str, str], str]
+
+
+def evaluate(models: Sequence[Model], plan: Plan, settings: Settings) -> Results:
+    """Scores of every model on every task; each is kept as soon as it is there, and not run again.
+
+    A task that cannot be run is a failure of the `Results`, and the others go on.
+
+    Raises:
+        UserError: if a model does not load, ``settings.out`` cannot be written, or a task needs the hub and it does
+            not answer.
+    """
+    store = ResultStore(settings.out)
+    fingerprints = {model.name: fingerprint(model.source) for model in models}
+    scores, failures, left = {}, {}, {}
+    for model in models:
+        identity = {"model": fingerprints[model.name], "dtype": settings.dtype}
+        keys = {task.name: {**identity, "task": task.settings} for task in plan.tasks}
+        found = {task.name: store.load(model.name, task.name, keys[task.name]) for task in plan.tasks}
+        scores[model.name] = {name: kept for name, kept in found.items() if kept is not None}
+        left[model.name] = [(task, keys[task.name]) for task in plan.tasks if found[task.name] is None]
+    if any(task.online for tasks in left.values() for task, _ in tasks):
+        check_hub()
+    progress = _Progress(total=sum(len(tasks) for tasks in left.values()), kept=sum(map(len, scores.values())))
+    for model in models:
+        if not left[model.name]:
+            continue
+        loaded = _load(model, settings)
+        for task, key in left[model.name]:
+            try:
+                made = _run(task, loaded)
+                store.save(model.name, task.name, key, made)
+                scores[model.name][task.name] = made
+            except UserError as error:
+                failures[model.name, task.name] = str(error)
+            progress.finished(model, task, failures.get((model.name, task.name)))
+        # Two models need not fit into memory at once.
+        del loaded
+    return Results(fingerprints, scores, failures)
+
+
+def _load(model: Model, settings: Settings) -> LoadedModel:
+    network, tokenizer = load_pretrained(model.source, dtype=settings.dtype, device=settings.device)
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer.encode("a")[0] != bos:
+        print(f"warning: {model.name}: prompts do not begin with {tokenizer.bos_token}, as documents do in training")
+    return LoadedModel(model.source, network, tokenizer, settings.batch_size)
+
+
+def _run(task: Task, loaded: LoadedModel) -> dict[str, Score]:
+    try:
+        return task.run(loaded)
+    except torch.OutOfMemoryError:
+        raise UserError(f"too little device memory for --batch-size {loaded.batch_size}.") from None
+
+
+class _Progress:
+    """One line per task that was run, with the time left."""
+
+    def __init__(self, total: int, kept: int):
+        self.total, self.done, self.started = total, 0, time.monotonic()
+        if kept:
+            print(f"{kept} results are there already, {total} to run", flush=True)
+
+    def finished(self, model: Model, task: Task, failure: str | None) -> None:
+        self.done += 1
+        left = (self.total - self.done) * (time.monotonic() - self.started) / self.done
+        what = f" was not run: {failure}" if failure else ""
+        print(f"{model.name}: {task.name}{what} ({self.done} of {self.total}, left {time_left(left)})", flush=True)
