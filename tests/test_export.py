@@ -1,6 +1,7 @@
 """Exported models against the training model, transformers against our logs, refusals, memory."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,9 +16,11 @@ from helpers import IGNORE, make_config, saved_run, with_expert_bias, without_ex
 from processes import PROJECT
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan.checkpoint import Checkpoint
 from nitp_titan.config import ModelConfig, UserError
+from nitp_titan.data import TextDataLoader
 from nitp_titan.hf.export import Export, MAX_SHARD_SIZE
 from nitp_titan.metrics_file import read_records
 from nitp_titan.models import build_model_spec
@@ -436,3 +439,39 @@ def test_no_tensor_of_the_largest_model_is_larger_than_a_shard():
     assert (
         max(tensor.nbytes for tensor in tensors.values()) < 3e9 < 5e9 == float(MAX_SHARD_SIZE.removesuffix("GB")) * 1e9
     )
+
+
+def _text_of_length(document: str, length: int, tokenizer) -> str:
+    """The beginning of a document that has ``length`` tokens, EOS included and BOS not."""
+    ends = range(length, 20 * length)
+    return next(document[:end] for end in ends if len(tokenizer.encode(document[:end], add_eos=True)) == length + 1)
+
+
+@pytest.mark.parametrize("model", ["llama3/debug", "moe/debug"])
+def test_the_evaluation_of_a_text_is_the_validation_of_training(assets, tmp_path, model):
+    """Two paths to one number: TorchTitan's validator on the training model, the exported model in transformers."""
+    from nitp_titan.evaluation import perplexity
+    from nitp_titan.evaluation.models import LoadedModel
+
+    family, _, flavor = model.partition("/")
+    text, tokenizer = tmp_path / "text.jsonl", HuggingFaceTokenizer(tokenizer_path=str(assets))
+    document = json.loads((assets / "validation.jsonl").read_text().splitlines()[0])["text"]
+    # They just fill four sequences of 128, since training drops what is left over.
+    documents = [_text_of_length(document, length, tokenizer) for length in (50, 300, 162)]
+    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in documents))
+    data = TextDataLoader.Config(dataset_path=str(text), infinite=False)
+    trainer = saved_run(
+        tmp_path / "run",
+        model=ModelConfig(family=family, flavor=flavor),
+        generated_data=False,
+        training={**TRAINING, "seq_len": 128},
+        validator={"enable": True, "steps": -1, "dataloader": data},
+    )
+    trainer.validator.validate(trainer.model_parts, 3)
+    *_, logged = read_records(tmp_path / "run/validation.jsonl")
+    folder = _export(tmp_path / "run", tmp_path / "hf")
+    scores = perplexity.measure(text, "text", 128, LoadedModel(str(folder), _load(folder), None, 2))
+    assert scores["cross_entropy"].value == pytest.approx(logged["ntp_loss"], abs=2e-6)
+    num_bytes, num_tokens = sum(len(part.encode()) for part in documents), 4 * 128
+    bits = logged["ntp_loss"] * num_tokens / math.log(2) / num_bytes
+    assert scores["bits_per_byte"].value == pytest.approx(bits, abs=2e-6)
