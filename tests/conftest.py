@@ -13,6 +13,8 @@ from processes import PROJECT
 
 
 def pytest_configure(config):
+    # No test reaches the Hugging Face hub; those that talk to one start it themselves.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if config.option.markexpr != "gpu":
         # The other tests are about the CPU, on a machine with a GPU too.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -30,13 +30,6 @@ LENGTH = 192
 TRAINING = {"seq_len": LENGTH, "local_batch_size": 2, "global_batch_size": 2, "steps": 3, "max_norm": 1e9}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def runs(assets, tmp_path_factory):
     """Saved runs by model, each trained when it is first asked for: (folder, trainer)."""

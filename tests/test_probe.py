@@ -276,7 +276,7 @@ def test_the_script_compares_two_models_offline(saved, text, tmp_path):
     out, (llama, gpt2) = tmp_path / "new/probe", saved.values()
     command = [sys.executable, "scripts/probe_geometry.py", "--model", str(llama), f"second={gpt2}"]
     command += ["--text", str(text), "--seq-len", "16", "--num-pairs", "32", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     models = read_models([str(llama), f"second={gpt2}"])
     result = probe(models, Settings(text=text, seq_len=16, num_pairs=32))
