@@ -1,7 +1,6 @@
 """Geometry of pretrained models against transformers and numpy on the states themselves."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
