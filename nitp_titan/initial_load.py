@@ -50,17 +50,18 @@ class NITPCheckpointManager(CheckpointManager):
         settings = [_settings(optimizer) for optimizer in self.states[OPTIMIZER]]
         dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=DefaultLoadPlanner(allow_partial_load=True))
         self.states[MODEL].load_state_dict(state_dict)
-        if OPTIMIZER not in state_dict:
-            return
-        # Learning rate, betas and weight decay are the recipe's; the checkpoint gives the states and the step.
-        for optimizer, groups in zip(self.states[OPTIMIZER], settings):
-            for group, wanted in zip(optimizer.param_groups, groups):
-                group.update(wanted)
-        for scheduler in self.states[LR_SCHEDULER].schedulers:
-            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
-                group["lr"] = lr
-        saved = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-        _start_afresh(self.states[OPTIMIZER], [name for name in saved if name.startswith(f"{OPTIMIZER}.state.")])
+        if OPTIMIZER in state_dict:
+            # Betas, weight decay and the like are the recipe's; the checkpoint gives the states.
+            for optimizer, groups in zip(self.states[OPTIMIZER], settings):
+                for group, wanted in zip(optimizer.param_groups, groups):
+                    group.update(wanted)
+            saved = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+            _start_afresh(self.states[OPTIMIZER], [name for name in saved if name.startswith(f"{OPTIMIZER}.state.")])
+        if LR_SCHEDULER in state_dict:
+            # The recipe's learning rate at the checkpoint's step.
+            for scheduler in self.states[LR_SCHEDULER].schedulers:
+                for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
+                    group["lr"] = lr
 
 
 def _settings(optimizer) -> list[dict[str, Any]]:
@@ -95,7 +96,8 @@ def check_initial_load(config, spec: ModelSpec):
         UserError: naming the path and what does not fit, if the checkpoint is of another model.
     """
     settings = config.checkpoint
-    path = settings.initial_load_path
+    # TorchTitan takes the model beside the tokenizer where no path is given.
+    path = settings.initial_load_path or (config.hf_assets_path if settings.initial_load_in_hf else None)
     own = Path(config.dump_folder) / settings.folder
     if not settings.enable or not path or is_remote(path) or any(own.glob("step-*/.metadata")):
         return config

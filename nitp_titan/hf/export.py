@@ -26,8 +26,8 @@ from nitp_titan.hf.adapter import PROJECTOR_PREFIX, without_projector
 from nitp_titan.hf.card import model_card
 from nitp_titan.hf.config import require
 from nitp_titan.models import hf_config
+from nitp_titan.pretrained import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = "5GB"
 
 # transformers holds these in float32 in a model of any type; a step of the expert bias is lost in bfloat16.
@@ -63,7 +63,7 @@ class Export:
 
     Args:
         checkpoint: of a run whose folder holds ``resolved.toml``.
-        dtype: key of `DTYPES`.
+        dtype: key of `pretrained.DTYPES`.
         tokenizer: its folder; None takes the recipe's ``hf_assets_path``.
         max_shard_size: in bytes, or as ``"5GB"``.
 
