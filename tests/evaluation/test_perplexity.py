@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import load, MAX_POSITIONS, nats_by_document, one_thread, save_llama, write_text
+from hf_models import load, MAX_POSITIONS, nats_by_document, save_llama, write_text
 from torch.testing import assert_close
 
 from nitp_titan.config import UserError
@@ -16,12 +16,6 @@ from nitp_titan.pretrained import read_models
 
 TEXTS = ["def one():\n    return 1\n" * 8, "Grüße, 世界 🙂!", "", "import os\nimport sys\n" * 20, "x"]
 SEQ_LEN = 48
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import mteb
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from hf_models import load, one_thread, save_llama
+from hf_models import load, save_llama
 from mteb.mocks.mock_tasks.classification import MockClassificationTask
 from mteb.mocks.mock_tasks.pair_classification import MockPairClassificationTask
 from mteb.mocks.mock_tasks.reranking import MockRerankingTask
@@ -22,12 +22,6 @@ TEXTS = [
     "a longer text about the standard library of Python, its modules and classes",
     "import os",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
