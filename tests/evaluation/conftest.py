@@ -12,14 +12,14 @@ def threads():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def texts(assets):
     """Beginnings of documents that fit into one window, one of them not ASCII."""
     lines = (assets / "validation.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     return [json.loads(line)["text"][:1100] for line in lines] + ["Grüße, 世界! " * 5]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def workplace(assets, texts, tmp_path_factory):
     """Two models, a text and its local suite."""
     from nitp_titan.evaluation import local_suite
