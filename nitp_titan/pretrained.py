@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# In place of a device: a model that fits into no single one is spread over all that there are.
+SPREAD = "spread"
+
 
 @dataclass(frozen=True)
 class Model:
@@ -100,6 +103,7 @@ def load_pretrained(
         name: folder, or ``owner/name`` on the Hugging Face hub; only the latter uses the network, with the access
             token of the environment variable ``HF_TOKEN`` and no other.
         dtype: key of `DTYPES`, which the weights are converted to.
+        device: as torch names it, or `SPREAD`.
 
     Raises:
         UserError: naming the model and the reason, if it is missing or does not load.
@@ -111,9 +115,10 @@ def load_pretrained(
     options = {"trust_remote_code": False, "token": hub_token(), "local_files_only": Path(name).is_dir()}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **options)
+        placed = options | ({"device_map": "auto"} if device == SPREAD else {})
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **placed)
     except Exception as error:
         # The hub, the network, the disk and broken files raise many types; each means that the model is not there.
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"{name} does not load: {type(error).__name__}: {reason}") from error
-    return model.to(device).eval(), tokenizer
+    return (model if device == SPREAD else model.to(device)).eval(), tokenizer

@@ -22,7 +22,7 @@ from nitp_titan.evaluation.plan import Plan
 from nitp_titan.evaluation.run import evaluate, Settings
 from nitp_titan.evaluation.suites import SUITES
 from nitp_titan.evaluation.tables import Comparison
-from nitp_titan.pretrained import DTYPES, read_models, require
+from nitp_titan.pretrained import DTYPES, read_models, require, SPREAD
 
 
 def main() -> None:
@@ -58,17 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("outputs/evaluation"), help="folder of the results")
     add("--batch-size", type=int, default=8, help="sequences at a time")
     add("--dtype", help=f"{', '.join(DTYPES)}; default: bfloat16 on a GPU, else float32")
-    add("--device", help="as torch names it; default: the GPU if there is one")
+    add("--device", help="as torch names it, or spread: over all GPUs; default: the GPU if there is one")
     return parser
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device="cpu" if device == SPREAD else device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+    dtype = arguments.dtype or ("bfloat16" if torch.cuda.is_available() and device != "cpu" else "float32")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known.{nearest(dtype, [*DTYPES])}")
     if arguments.batch_size < 1:

@@ -161,7 +161,8 @@ class Encoder:
         states_BLD = model.base_model(
             input_ids=tokens_BL.to(model.device), attention_mask=mask_BL.to(model.device), use_cache=False
         ).last_hidden_state
-        weights_BL1 = mask_BL.to(model.device)[..., None].float()
+        # Of a model that is spread, the last device.
+        weights_BL1 = mask_BL.to(states_BLD.device)[..., None].float()
         # An empty text has no token; its embedding is zero.
         mean_BD = (states_BLD.float() * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
         return torch.nn.functional.normalize(mean_BD, dim=-1).cpu()

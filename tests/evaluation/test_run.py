@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+import torch
 
 from nitp_titan.config import UserError
 from nitp_titan.evaluation.models import fingerprint
@@ -11,7 +12,7 @@ from nitp_titan.evaluation.plan import Plan, Task
 from nitp_titan.evaluation.run import evaluate, Settings
 from nitp_titan.evaluation.scores import ratio, Score
 from nitp_titan.evaluation.store import ResultStore
-from nitp_titan.pretrained import Model, read_models
+from nitp_titan.pretrained import load_pretrained, Model, read_models, SPREAD
 
 
 def _score(values) -> Score:
@@ -75,3 +76,12 @@ def test_models_are_called_by_their_folder_or_name(workplace, tmp_path):
     shutil.copytree(ntp, twin)
     assert [model.name for model in read_models([ntp, str(twin)])] == [ntp, str(twin)]
     assert read_models([str(twin)]) == [Model("ntp", str(twin))]
+
+
+def test_a_spread_model_is_the_same_model(workplace):
+    """Here over the only device; the placement is accelerate's."""
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        (one, _), (spread, _) = (load_pretrained(f"{workplace}/ntp", device=device) for device in ("cpu", SPREAD))
+        assert spread.device.type == "cpu"
+        assert torch.equal(spread(tokens).logits, one(tokens).logits)
