@@ -28,29 +28,25 @@ _CHOICES = 4
 # Long documents would be most of the test.
 _PASSAGES_PER_DOCUMENT = 30
 
-_PERPLEXITY = """\
-task: local_perplexity
+_TASK = """\
+task: local_{name}
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {folder}/documents.jsonl
+    test: {folder}/{data}.jsonl
 test_split: test
+{body}
+metadata:
+  version: {format}
+"""
+_PERPLEXITY = """\
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: text
 metric_list:
   - metric: bits_per_byte
-  - metric: byte_perplexity{by_word}
-metadata:
-  version: {format}
-"""
+  - metric: byte_perplexity"""
 _CONTINUATION = """\
-task: local_continuation
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {folder}/passages.jsonl
-test_split: test
 output_type: multiple_choice
 doc_to_text: context
 doc_to_choice: choices
@@ -58,10 +54,7 @@ doc_to_target: answer
 target_delimiter: ""
 metric_list:
   - metric: acc
-  - metric: acc_norm
-metadata:
-  version: {format}
-"""
+  - metric: acc_norm"""
 
 
 def prepare(text: Path, folder: Path, field: str = "text") -> dict:
@@ -171,8 +164,11 @@ def _write(folder: Path, documents: list[str], passages: list[dict], manifest: d
         draft.mkdir()
         _write_lines(draft / "documents.jsonl", [{"text": text} for text in documents])
         _write_lines(draft / "passages.jsonl", passages)
-        for name, template in (("perplexity", _PERPLEXITY), ("continuation", _CONTINUATION)):
-            task = template.format(folder=_absolute(folder), format=_FORMAT, by_word=_by_word(documents))
+        for name, data, body in (
+            ("perplexity", "documents", _PERPLEXITY + _by_word(documents)),
+            ("continuation", "passages", _CONTINUATION),
+        ):
+            task = _TASK.format(name=name, folder=_absolute(folder), data=data, body=body, format=_FORMAT)
             (draft / f"local_{name}.yaml").write_text(task, encoding="utf-8")
         (draft / "manifest.json").write_text(json.dumps(manifest, indent=2))
         if folder.exists() and not _manifest(folder):

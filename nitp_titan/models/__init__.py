@@ -19,7 +19,7 @@ def build_model_spec(model: ModelConfig):
         UserError: for an unknown family or flavor, naming the nearest one, or a token
             dispatcher for a model without experts.
     """
-    family = import_family(model.family)
+    family = _import_family(model.family)
     if model.flavor not in family.FLAVORS:
         raise UserError(
             f"[model] flavor = '{model.flavor}' is unknown in {model.family}."
@@ -51,7 +51,7 @@ def hf_config(model: ModelConfig, spec) -> dict[str, Any]:
     Raises:
         UserError: with the reason, if there is no such class.
     """
-    family = import_family(model.family)
+    family = _import_family(model.family)
     if not hasattr(family, "hf_config") or spec.state_dict_adapter is None:
         missing = "hf_config" if not hasattr(family, "hf_config") else "state_dict_adapter"
         raise UserError(
@@ -63,7 +63,7 @@ def hf_config(model: ModelConfig, spec) -> dict[str, Any]:
     return family.hf_config(spec.model)
 
 
-def import_family(name: str) -> ModuleType:
+def _import_family(name: str) -> ModuleType:
     """The module of a registered family, or of one outside this project by its import path."""
     if name in FAMILIES:
         return import_module(f"{__name__}.{name}")
