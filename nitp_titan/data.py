@@ -1,9 +1,8 @@
-"""Text data: local files, Hugging Face datasets and weighted mixtures of them, packed by TorchTitan's datasets."""
+"""Text data: local files, Hugging Face datasets and weighted mixtures of them."""
 
 import dataclasses
 import glob
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -17,13 +16,11 @@ import torch
 from datasets import load_dataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.interleaved import InterleavedDataset
-from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
 
 from nitp_titan.config import nearest, UserError
 from nitp_titan.hub import TOKENIZERS
 from nitp_titan.mixtures import MIXTURES, TextSource
+from nitp_titan.packing import Batch, Documents, PackedText, Stream
 
 # Files of a folder. Plain *.json is left out: a folder of text often holds a manifest of that name.
 _PATTERNS = {"json": ("*.jsonl", "*.jsonl.gz", "*.json.gz"), "parquet": ("*.parquet",)}
@@ -31,56 +28,11 @@ _SOURCE_KEYS = [field.name for field in dataclasses.fields(TextSource) if field.
 _WORKER_KEYS = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
 
 
-class TextDataset(HuggingFaceTextDataset):
-    """TorchTitan's packed text, with a state that is exact whenever it is taken and loaded.
-
-    Upstream, a streamed source that is not drawn between two checkpoints is saved as unread, because a loaded state
-    counts only once it is read on; whole sequences of a loaded state wait for one more document, which does not
-    come at the end of finite data; and the state shares its buffers with the running dataset, so that a data worker
-    changes them while they are sent.
-    """
-
-    _unread: dict[str, Any] | None = None
-
-    def __iter__(self):
-        yield from self._held_sequences()
-        self._unread = None
-        yield from super().__iter__()
-
-    def _held_sequences(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        length = self.seq_len
-        while len(self._inputs_buffer) >= length:
-            inputs, labels = torch.tensor(self._inputs_buffer[:length]), torch.tensor(self._labels_buffer[:length])
-            positions = torch.tensor(self._normalize_positions(self._positions_buffer[:length]))
-            self._inputs_buffer = self._inputs_buffer[length:]
-            self._labels_buffer = self._labels_buffer[length:]
-            self._positions_buffer = self._positions_buffer[length:]
-            yield {"input": inputs, "positions": positions}, labels
-
-    def remainder(self) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
-        """What finite data leaves over at its end: a shorter sequence, which training drops; None if there is none."""
-        if not self._inputs_buffer:
-            return None
-        positions = torch.tensor(self._normalize_positions(self._positions_buffer.copy()))
-        inputs = {"input": torch.tensor(self._inputs_buffer), "positions": positions}
-        return inputs, torch.tensor(self._labels_buffer)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._unread = state_dict.get("data")
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self._unread is not None:
-            state["data"] = self._unread
-        return {key: value.copy() if isinstance(value, list) else value for key, value in state.items()}
-
-
 class TextDataLoader(ParallelAwareDataloader):
     """Packed text of one source or of a weighted mixture; positions restart with every document.
 
     Each source packs its own documents into sequences, and a seeded draw chooses the source of every sequence: the
-    weights are shares of the tokens. The same state gives the same following batches, on the same number of ranks.
+    weights are shares of the tokens. The state gives the same following sequences on any number of ranks (`packing`).
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -109,7 +61,11 @@ class TextDataLoader(ParallelAwareDataloader):
         """Sources of a mixture with their weights, instead of one source."""
 
         seed: int = 42
-        """Seed of the draw of sources; each data-parallel rank has its own draw."""
+        """Seed of the draw of sources."""
+
+        num_shards: int = 1
+        """Parts that each source is read in, which decides the order of the sequences. A rank reads its own parts
+        only where this is a multiple of the number of data-parallel ranks; with 1 every rank reads everything."""
 
         infinite: bool = True
         """Start again at the end; else a mixture ends with the first source that does."""
@@ -123,29 +79,86 @@ class TextDataLoader(ParallelAwareDataloader):
         tokenizer: BaseTokenizer,
         seq_len: int,
         local_batch_size: int,
-        snapshot_every_n_steps: int | None = 1,
         **kwargs,
     ):
         check_dataset(config)
         places = _places(config, "dataloader")
-        datasets = [
-            TextDataset(_register(place), None, tokenizer, seq_len, dp_rank, dp_world_size, config.infinite)
-            for place in places
-        ]
-        mixed = InterleavedDataset(
-            datasets,
-            weights=[place.source.weight for place in places],
-            # One draw for all ranks would give all of them the same source at once.
-            seed=config.seed * dp_world_size + dp_rank,
-        )
+        opened = [_load(place) for place in places]
+
+        def open_stream(source: int, shard: int, state: dict[str, Any] | None) -> Stream:
+            place = places[source]
+            part = f", part {shard + 1} of {config.num_shards}," if config.num_shards > 1 else ""
+            return Stream(
+                partial(Documents, opened[source], shard, config.num_shards),
+                partial(_tokens, place=place, tokenizer=tokenizer),
+                seq_len=seq_len,
+                infinite=config.infinite,
+                name=place.name + part,
+                empty=place.error("dataset_path", f" = '{place.name}'{part} holds no text."),
+                state=state,
+            )
+
+        self.dataset: PackedText
+        self._state: dict[str, Any] | None = None
         super().__init__(
-            mixed if len(datasets) > 1 else datasets[0],
+            PackedText(
+                open_stream,
+                weights=[place.source.weight for place in places],
+                seed=config.seed,
+                num_shards=config.num_shards,
+                seq_len=seq_len,
+                batch_size=local_batch_size,
+                rank=dp_rank,
+                num_ranks=dp_world_size,
+            ),
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
-            batch_size=local_batch_size,
-            snapshot_every_n_steps=snapshot_every_n_steps,
+            # The data set makes whole batches, each with the state after it.
+            batch_size=None,
+            collate_fn=_unchanged,
             **{key: getattr(config, key) for key in _WORKER_KEYS},
         )
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        for batch in super().__iter__():
+            self._state = batch.state
+            yield batch.inputs, batch.labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """State after the last batch that was handed out; each rank gives the parts that it reads."""
+        state = self._state or self.dataset.start
+        shards = {f"shard_{shard}": json.dumps(streams) for shard, streams in state["shards"].items()}
+        return {"num_shards": self.dataset.num_shards, "sequence": state["sequence"], **shards}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state, taken on any number of ranks.
+
+        Raises:
+            UserError: if it is of data with other sources or other parts.
+        """
+        if not state_dict:
+            return
+        if state_dict["num_shards"] != self.dataset.num_shards:
+            raise UserError(
+                f"[dataloader] num_shards = {self.dataset.num_shards}, but the checkpoint's data is in "
+                f"{state_dict['num_shards']} parts.",
+                table="dataloader",
+                key="num_shards",
+            )
+        shards = {shard: json.loads(state_dict[f"shard_{shard}"]) for shard in self.dataset.shards}
+        num_sources = [len(streams) for streams in self.dataset.start["shards"].values()]
+        if num_sources != [len(streams) for streams in shards.values()]:
+            raise UserError(
+                f"[dataloader] has {num_sources[0]} sources, but the checkpoint's data has "
+                f"{len(next(iter(shards.values())))}.",
+                table="dataloader",
+            )
+        self.dataset.start = {"sequence": state_dict["sequence"], "shards": shards}
+        self._state = None
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,10 @@ class _Place:
     table: str
     key: str | None = None
     prefix: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.source.dataset_path or self.source.dataset
 
     def error(self, key: str, message: str) -> UserError:
         return UserError(f"[{self.table}] {self.prefix}{key}{message}", table=self.table, key=self.key or key)
@@ -223,10 +240,17 @@ def check_dataset(config: TextDataLoader.Config, table: str = "dataloader") -> N
     """
     if config.num_workers > 1:
         raise UserError(
-            f"[{table}] num_workers = {config.num_workers}, but it must be 0 or 1: TorchTitan's text datasets give "
-            "every worker the same documents.",
+            f"[{table}] num_workers = {config.num_workers}, but it must be 0 or 1: each worker would read the same "
+            "documents.",
             table=table,
             key="num_workers",
+        )
+    if config.num_shards < 1 or (config.num_shards > 1 and not config.infinite):
+        raise UserError(
+            f"[{table}] num_shards = {config.num_shards}, but it must be 1 for finite data (infinite = false), else at "
+            "least 1.",
+            table=table,
+            key="num_shards",
         )
     for place in _places(config, table):
         _check_source(place)
@@ -290,20 +314,8 @@ def _first_row(file: str) -> dict[str, Any] | None:
         return next(rows, None)
 
 
-def _register(place: _Place) -> str:
-    """Name under which TorchTitan's dataset finds the source in its registry."""
-    # Lower case is TorchTitan's rule.
-    name = f"{place.source.dataset.lower()}-{hashlib.sha256(repr(place).encode()).hexdigest()[:8]}"
-    DATASETS[name] = DatasetConfig(
-        path=place.source.dataset_path or place.source.dataset,
-        loader=partial(_load, place=place),
-        sample_processor=partial(_text, place=place),
-    )
-    return name
-
-
-def _load(path: str, *, place: _Place):
-    source = place.source
+def _load(place: _Place):
+    source, path = place.source, place.name
     is_local = source.dataset in _PATTERNS
     streaming = not is_local if source.streaming is None else source.streaming
     try:
@@ -328,9 +340,13 @@ def _text(document: dict[str, Any], *, place: _Place, where: str | None = None) 
     fields = [source.text_field] if isinstance(source.text_field, str) else source.text_field
     for name in fields:
         if not isinstance(document.get(name), str):
-            where = where or f"dataset '{source.dataset_path or source.dataset}'"
+            where = where or f"dataset '{place.name}'"
             raise place.error(
                 "text_field",
                 f" = '{name}': a document of {where} has no such text.{nearest(name, list(document))}",
             )
     return "\n\n".join(document[name] for name in fields)
+
+
+def _tokens(document: dict[str, Any], *, place: _Place, tokenizer: BaseTokenizer) -> list[int]:
+    return tokenizer.encode(_text(document, place=place), add_bos=True, add_eos=True)

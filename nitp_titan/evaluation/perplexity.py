@@ -1,6 +1,6 @@
 """Cross-entropy, perplexity and bits per byte of a text, packed exactly as in training.
 
-The model folder's tokenizer is read as TorchTitan reads it, `TextDataset` packs the documents, positions restart with
+The model folder's tokenizer is read as TorchTitan reads it, `TextDataLoader` packs the documents, positions restart with
 every document and attention does not cross documents. Unlike in training the last, shorter sequence counts too, so that
 every document is there wholly and bits per byte are exact.
 """
@@ -178,8 +178,7 @@ def _tokenizer(source: str) -> _Documents:
 def _batches(loader: TextDataLoader, name: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     yield from tqdm(loader, desc=name, unit=" batches", mininterval=1.0)
     if (rest := loader.dataset.remainder()) is not None:
-        inputs, labels = rest
-        yield {key: value[None] for key, value in inputs.items()}, labels[None]
+        yield {"input": rest.tokens_L[None], "positions": rest.positions_L[None]}, rest.labels_L[None]
 
 
 def _nats(model, inputs: dict[str, Tensor], labels_BL: Tensor) -> Tensor:

@@ -168,13 +168,12 @@ def test_training_drops_what_the_remainder_holds(folder, text):
         local_batch_size=1,
     )
     packed = [token for inputs, _ in loader for token in inputs["input"].flatten().tolist()]
-    inputs, labels = loader.dataset.remainder()
+    tokens, labels, positions = loader.dataset.remainder()
     everything = [token for tokens in _documents(load(folder), bos=True) for token in tokens[:-1]]
-    assert len(packed) % SEQ_LEN == 0 and packed + inputs["input"].tolist() == everything
+    assert len(packed) % SEQ_LEN == 0 and packed + tokens.tolist() == everything
     assert labels[-1] == 1 and len(labels) == len(everything) % SEQ_LEN
     # The sequence begins within a document, whose positions begin again; "x" is the last: BOS and one token.
-    assert inputs["positions"][0] == 0 and inputs["positions"][-2:].tolist() == [0, 1]
-    loader.dataset._inputs_buffer = []
+    assert positions[0] == 0 and positions[-2:].tolist() == [0, 1]
     assert loader.dataset.remainder() is None
 
 
