@@ -1,18 +1,14 @@
 """A checkpoint of a run (DCP) on disk: where it is, what it holds, and its tensors a few at a time."""
 
 import re
-import warnings
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nitp_titan import recipe
+from nitp_titan import dcp_files, recipe
 from nitp_titan.config import nearest, UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX
 
@@ -22,17 +18,6 @@ _RESOLVED = "resolved.toml"
 _OTHER_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads the metadata once, which of a large model is long, and not for every tensor."""
-
-    @cached_property
-    def metadata(self) -> Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        return self.metadata
-
-
 class Checkpoint:
     """The checkpoint of one step.
 
@@ -40,18 +25,16 @@ class Checkpoint:
         path: its folder, the folder of all checkpoints of a run, or the run folder; of several the latest is taken.
 
     Raises:
-        UserError: if there is no complete checkpoint, or its metadata cannot be read.
+        UserError: if there is no complete checkpoint, naming the file that is missing, damaged, too short or could run
+            code.
     """
 
     def __init__(self, path: Path):
         self.folder = _step_folder(path)
         self.step = int(self.folder.name.rpartition("-")[2])
-        self._reader = _Reader(self.folder)
-        try:
-            entries = self._reader.metadata.state_dict_metadata
-        except Exception as error:
-            # A pickle: a damaged one raises whatever its bytes happen to mean.
-            raise UserError(f"{self.folder}/{_METADATA} is damaged ({type(error).__name__}).") from error
+        self._reader = dcp_files.reader(self.folder)
+        self._reader.check_files()
+        entries = self._reader.metadata.state_dict_metadata
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: entry
             for name, entry in entries.items()
@@ -59,6 +42,8 @@ class Checkpoint:
         }
         """Size and type of the model's tensors by name, those of the projector included."""
         self.has_optimizer = any(name.startswith("optimizer.state.") for name in entries)
+        self.data_state = {name.removeprefix("dataloader.") for name in entries if name.startswith("dataloader.")}
+        """Names of the data loader's entries."""
 
     @property
     def run_folder(self) -> Path:
@@ -94,16 +79,7 @@ class Checkpoint:
         """
         entries = {name: self.tensors[name] for name in names}
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-        try:
-            with warnings.catch_warnings():
-                # That there is no process group is meant.
-                warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
-                dcp.load(tensors, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:
-            # A missing file, a short one, one that is no archive: each has a type of its own.
-            reason = next(iter(error.failures.values()))[0]
-            first = next(iter(str(reason).splitlines()), "")
-            raise UserError(f"{self.folder} cannot be read: {type(reason).__name__} {first}".rstrip()) from error
+        dcp_files.load(tensors, self._reader, no_dist=True)
         return tensors
 
 

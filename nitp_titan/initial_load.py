@@ -5,21 +5,25 @@ What is loaded, what is new and what does not fit is known before anything is bu
 
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from safetensors import safe_open, SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER
+from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER, purge_thread
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.filesystem import is_remote
 from torchtitan.tools.logging import logger
 
+from nitp_titan import dcp_files
 from nitp_titan.checkpoint import Checkpoint
 from nitp_titan.config import nearest, UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX
@@ -35,6 +39,9 @@ _NOT_COMPARED = ("architectures", "rope_theta", "rope_parameters", "rope_scaling
 class NITPCheckpointManager(CheckpointManager):
     """TorchTitan's checkpoints; an initial checkpoint may lack the projector, which then stays as initialised."""
 
+    before_save: Callable[[int], None] | None = None
+    """Called with the step before anything is written; raises if the states are not fit to be kept."""
+
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
         def __post_init__(self) -> None:
@@ -43,25 +50,129 @@ class NITPCheckpointManager(CheckpointManager):
                 self.initial_load_path = os.path.abspath(self.initial_load_path.strip())
             CheckpointManager.Config.__post_init__(self)
 
+    def __init__(self, config: Config, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        self._saved_step: int | None = None
+        if not config.enable or is_remote(self.folder):
+            return
+        if self.purge_thread is not None:
+            # The same thread with our way to delete.
+            self.purge_queue.put(None)
+            self.purge_thread.join()
+            arguments = (self.purge_queue, _remove_checkpoint)
+            self.purge_thread = threading.Thread(target=purge_thread, args=arguments, daemon=True)
+            self.purge_thread.start()
+
+    def _load(self, step: int = -1) -> bool:
+        if not self.load_only and not is_remote(self.folder):
+            # What was not written to its end would count as one of `keep_latest_k`, and its files stay behind when
+            # fewer ranks write the step again.
+            if dist.get_rank() == 0:
+                for folder in unfinished(Path(self.folder)):
+                    logger.warning(f"{folder} was not written to its end and is removed.")
+                    shutil.rmtree(folder)
+            dist.barrier()
+        return super()._load(step)
+
+    def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        if self.before_save is not None and self._should_save(curr_step, last_step):
+            self.before_save(curr_step)
+        saved = super()._save(curr_step, last_step)
+        if saved:
+            self._saved_step = curr_step
+        return saved
+
+    def last_checkpoint(self) -> str | None:
+        """Path of the latest checkpoint that is whole, once the one that is being written is; None if there is none."""
+        if not self.enable:
+            return None
+        self.maybe_wait_for_saving()
+        step = self._find_load_step()
+        return None if step < 0 else self._create_checkpoint_id(step)
+
+    def save_now(self, step: int) -> None:
+        """Save a step whatever the interval, if it is not saved yet, and wait for it."""
+        if not self.enable or self.load_only or step == self._saved_step:
+            return
+        interval, self.interval = self.interval, 1
+        self.save(step)
+        self.interval = interval
+        self.maybe_wait_for_saving()
+
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any):
+        """As `CheckpointManager.dcp_save`; a step that is written again is no checkpoint meanwhile.
+
+        Raises:
+            UserError: if the disk is full, or cannot be written for another reason.
+        """
+        if not is_remote(checkpoint_id):
+            if dist.get_rank() == 0:
+                _invalidate(Path(checkpoint_id))
+            dist.barrier()
+        with _one_line(checkpoint_id):
+            return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
+
+    def _wait_for_saving(self) -> None:
+        with _one_line(self.folder):
+            super()._wait_for_saving()
+
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
-        """As `CheckpointManager.dcp_load`; `check_initial_load` has seen to it that nothing else is missing."""
-        if from_hf or is_remote(checkpoint_id) or checkpoint_id != self.initial_load_path:
+        """As `CheckpointManager.dcp_load`, through `dcp_files`.
+
+        Of an initial checkpoint parts may be missing; `check_initial_load` has seen to it that only the projector is.
+        """
+        if from_hf:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+        reader = dcp_files.reader(checkpoint_id)
+        reader.check_files()
+        initial = checkpoint_id == self.initial_load_path and not is_remote(checkpoint_id)
         settings = [_settings(optimizer) for optimizer in self.states[OPTIMIZER]]
-        dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=DefaultLoadPlanner(allow_partial_load=True))
+        dcp_files.load(state_dict, reader, allow_partial=initial)
         self.states[MODEL].load_state_dict(state_dict)
+        if not initial:
+            return
         if OPTIMIZER in state_dict:
             # Betas, weight decay and the like are the recipe's; the checkpoint gives the states.
             for optimizer, groups in zip(self.states[OPTIMIZER], settings):
                 for group, wanted in zip(optimizer.param_groups, groups):
                     group.update(wanted)
-            saved = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+            saved = reader.metadata.state_dict_metadata
             _start_afresh(self.states[OPTIMIZER], [name for name in saved if name.startswith(f"{OPTIMIZER}.state.")])
         if LR_SCHEDULER in state_dict:
             # The recipe's learning rate at the checkpoint's step.
             for scheduler in self.states[LR_SCHEDULER].schedulers:
                 for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
                     group["lr"] = lr
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Folders of steps that were not written to their end: DCP's metadata and the index of safetensors come last."""
+    last = (".metadata", "model.safetensors.index.json")
+    steps = sorted(folder.glob("step-*"))
+    return [step for step in steps if step.is_dir() and not any((step / name).is_file() for name in last)]
+
+
+def _invalidate(step: Path) -> None:
+    (step / ".metadata").unlink(missing_ok=True)
+
+
+def _remove_checkpoint(step: str) -> None:
+    """Delete a checkpoint, whose files may go in any order, so that no part of it counts as one."""
+    _invalidate(Path(step))
+    shutil.rmtree(step)
+
+
+@contextmanager
+def _one_line(place: str) -> Iterator[None]:
+    """A failed write as one line with its reason."""
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
+        rank, (reason, _) = next(iter(failures.items()))
+        raise UserError(
+            f"{place} could not be written by rank {rank}: {reason}. Earlier checkpoints are whole."
+        ) from error
 
 
 def _settings(optimizer) -> list[dict[str, Any]]:
@@ -84,7 +195,7 @@ def _start_afresh(optimizers, saved: Sequence[str]) -> None:
 def check_initial_load(config, spec: ModelSpec):
     """Check the initial checkpoint of a ``Trainer.Config`` and log what will be loaded and what is new.
 
-    A run that has checkpoints of its own goes on from these, as in TorchTitan, and nothing is checked.
+    For runs without checkpoints of their own: TorchTitan goes on from these first.
 
     Args:
         spec: the model to be trained, its projector included.
@@ -98,8 +209,7 @@ def check_initial_load(config, spec: ModelSpec):
     settings = config.checkpoint
     # TorchTitan takes the model beside the tokenizer where no path is given.
     path = settings.initial_load_path or (config.hf_assets_path if settings.initial_load_in_hf else None)
-    own = Path(config.dump_folder) / settings.folder
-    if not settings.enable or not path or is_remote(path) or any(own.glob("step-*/.metadata")):
+    if not settings.enable or not path or is_remote(path):
         return config
     try:
         if not settings.initial_load_in_hf:

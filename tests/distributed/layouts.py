@@ -60,7 +60,7 @@ def make_seed(folder: Path, model: str) -> None:
 
 
 def run_layout(folder: Path, layout: Layout) -> dict:
-    """Figures of one layout: float64 gradient norms per step, the norm of all weights, linears by type."""
+    """Figures of one layout: float64 gradient norms per step, the guard's, the norm of all weights, linears by type."""
     _break(layout.control)
     seed = str(folder / "seeds" / layout.model / "checkpoint/step-0")
     checkpoint = {"enable": True, "load_only": True, "initial_load_path": seed}
@@ -70,14 +70,15 @@ def run_layout(folder: Path, layout: Layout) -> dict:
     run = config.build()
     run.checkpointer.load(step=-1)
     batches = run.batch_generator(run.dataloader)
-    norms = []
+    norms, guarded = [], []
     for step in range(1, config.training.steps + 1):
         run.step = step
         run.train_step(batches)
         norms.append(gradient_norms(run))
+        guarded.append(run.guard.measure()[0].sqrt().item())
     if config.validator.enable:
         run.validator.validate(run.model_parts, run.step)
-    figures = {"norms": norms, "weights": weight_norm(run), "linears": linear_types(run)}
+    figures = {"norms": norms, "guarded": guarded, "weights": weight_norm(run), "linears": linear_types(run)}
     run.close()
     return figures
 

@@ -23,7 +23,7 @@ FAMILIES = [model for model in MODELS if model not in ("dense", "tied", "moe")]
 _NITP = {"weight": 20.0, "target_layer": 2}
 _GEOMETRY = {"enable": True, "interval": 1, "num_pairs": 64}
 _TRAINING = {"steps": 2, "global_batch_size": 4, "local_batch_size": 4, "seq_len": 256}
-_DEGREES = {
+DEGREES = {
     "tp": "tensor_parallel_degree",
     "cp": "context_parallel_degree",
     "pp": "pipeline_parallel_degree",
@@ -87,9 +87,9 @@ def _add(
     label: str | None = None,
     **settings,
 ) -> None:
-    """Register a layout: sections of a config, or degrees by the short names of `_DEGREES`."""
+    """Register a layout: sections of a config, or degrees by the short names of `DEGREES`."""
     model, _, what = name.partition("/")
-    parallelism = {_DEGREES[key]: settings.pop(key) for key in list(settings) if key in _DEGREES}
+    parallelism = {DEGREES[key]: settings.pop(key) for key in list(settings) if key in DEGREES}
     nitp = {**_NITP, **settings.pop("nitp", {})}
     sections = {
         "model": MODELS[model],

@@ -1,0 +1,81 @@
+"""Whether a run can go on from its own checkpoints; asked before anything is built."""
+
+from pathlib import Path
+
+from torchtitan.components.checkpointer.base import DATALOADER
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.filesystem import is_remote
+
+from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.config import UserError
+from nitp_titan.data import TextDataLoader
+from nitp_titan.hf.export import meta_tensors
+
+
+def check_resume(config, spec: ModelSpec) -> None:
+    """Check the checkpoint that a ``Trainer.Config`` would go on from; nothing is checked where there is none.
+
+    Args:
+        spec: the model to be trained, its projector included.
+
+    Raises:
+        UserError: naming the checkpoint and what does not fit or is damaged.
+    """
+    settings = config.checkpoint
+    folder = Path(config.dump_folder) / settings.folder
+    if not settings.enable or is_remote(str(folder)):
+        return
+    step = _step(folder, settings.load_step)
+    if step is None:
+        return
+    checkpoint = Checkpoint(step)
+    if checkpoint.step == 0:
+        # A seed: TorchTitan loads its model only.
+        return checkpoint.check_model(meta_tensors(spec))
+    if not checkpoint.has_optimizer:
+        raise UserError(
+            f"{step} holds the model only, as the last step does with [checkpoint] last_save_model_only = true: "
+            "the run has ended. Train on in another dump_folder with [checkpoint] initial_load_path."
+        )
+    checkpoint.check_model(meta_tensors(spec))
+    if DATALOADER not in settings.exclude_from_loading and isinstance(config.dataloader, TextDataLoader.Config):
+        _check_data(checkpoint, config.dataloader.num_shards)
+
+
+def _step(folder: Path, load_step: int) -> Path | None:
+    """Folder of the step that TorchTitan's checkpointer would take."""
+    complete = {int(path.parent.name.partition("-")[2]): path.parent for path in folder.glob("step-[0-9]*/.metadata")}
+    exported = {
+        int(path.parent.name.partition("-")[2]) for path in folder.glob("step-[0-9]*/model.safetensors.index.json")
+    }
+    if load_step != -1:
+        if load_step not in complete:
+            steps = ", ".join(map(str, sorted(complete))) or "none"
+            raise UserError(
+                f"[checkpoint] load_step = {load_step}: {folder} has no such complete checkpoint; there are: {steps}.",
+                table="checkpoint",
+                key="load_step",
+            )
+        return complete[load_step]
+    last = max([*complete, *exported], default=None)
+    if last is not None and last not in complete:
+        raise UserError(
+            f"{folder}/step-{last} is a Hugging Face model, as the last step is with [checkpoint] last_save_in_hf = "
+            "true: the run has ended. Train on in another dump_folder with [checkpoint] initial_load_path."
+        )
+    return complete.get(last)
+
+
+def _check_data(checkpoint: Checkpoint, num_shards: int) -> None:
+    wanted = {"num_shards", "sequence", *(f"shard_{shard}" for shard in range(num_shards))}
+    if checkpoint.data_state != wanted:
+        found = sum(name.startswith("shard_") for name in checkpoint.data_state)
+        said = f"is of data in {found} parts, but [dataloader] num_shards = {num_shards}"
+        if not found:
+            said = "has no state of the data that this version can go on with"
+        raise UserError(
+            f"{checkpoint.folder} {said}. With [checkpoint] exclude_from_loading = ['{DATALOADER}'] the data begins "
+            "again.",
+            table="dataloader",
+            key="num_shards",
+        )

@@ -1,0 +1,81 @@
+"""A run goes on under another layout: the same data in every step, and the losses of one rank."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from processes import free_port, torchrun
+
+from nitp_titan.metrics_file import read_records
+
+STEPS = 6
+# Layouts of the first and of the second half of the steps; None is one rank.
+FSDP, TP, CP, PP = {"shard": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}
+RUNS = {
+    "dense/one": [None],
+    "dense/one to FSDP 2": [None, FSDP],
+    "dense/FSDP 2 to one": [FSDP, None],
+    "dense/FSDP 2 to TP 2": [FSDP, TP],
+    "dense/TP 2 to PP 2": [TP, PP],
+    "dense/PP 2 to CP 2": [PP, CP],
+    "moe/one": [None],
+    "moe/EP 1 to EP 2": [FSDP, {"shard": 2, "ep": 2}],
+    "moe/EP 2 to one": [{"shard": 2, "ep": 2}, None],
+}
+MOVES = [name for name, layouts in RUNS.items() if len(layouts) > 1]
+
+
+def _parts() -> list[dict]:
+    return [
+        {
+            "name": name,
+            "model": name.partition("/")[0],
+            "steps": STEPS * (index + 1) // len(layouts),
+            "layout": layout,
+            "port": free_port(),
+        }
+        for name, layouts in RUNS.items()
+        for index, layout in enumerate(layouts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(assets, tmp_path_factory) -> Path:
+    """Run folders of all runs, trained in one launch."""
+    folder = tmp_path_factory.mktemp("elastic")
+    (folder / "runs.json").write_text(json.dumps(_parts()))
+    result = torchrun(2, "tests/distributed/elastic.py", str(folder), str(folder / "runs.json"))
+    errors = [path.read_text() for path in folder.glob("**/*.error")]
+    assert result.returncode == 0 and not errors, "\n".join([*errors, result.stderr[-3000:]])
+    return folder
+
+
+def _sequences(run: Path) -> dict[int, Counter]:
+    """Hashes of the sequences of each step, over all ranks."""
+    steps: dict[int, Counter] = {}
+    # Ranks of tensor, context and pipeline parallelism read the same sequences.
+    by_rank = [[tuple(json.loads(line)) for line in path.read_text().splitlines()] for path in run.glob("sequences.*")]
+    for step in range(1, STEPS + 1):
+        found = [Counter(digest for at, digest in rows if at == step) for rows in by_rank]
+        steps[step] = found[0] if len(found) == 1 or found[0] == found[1] else found[0] + found[1]
+    return steps
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_run_that_changes_its_layout_loses_and_repeats_no_sequence(folder, name):
+    expected = _sequences(folder / f"{name.partition('/')[0]}/one")
+    assert all(sum(sequences.values()) == 4 for sequences in expected.values())
+    assert len(set().union(*expected.values())) == 4 * STEPS
+    assert _sequences(folder / name) == expected
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_run_that_changes_its_layout_has_the_figures_of_one_rank(folder, name):
+    one, ours = (read_records(folder / run / "metrics.jsonl") for run in (f"{name.partition('/')[0]}/one", name))
+    assert [record["step"] for record in ours] == list(range(1, STEPS + 1))
+    for record, expected in zip(ours, one):
+        assert record["tokens"] == expected["tokens"] and record["lr"] == expected["lr"]
+        for key in ("ntp_loss", "nitp_loss"):
+            assert record[key] == pytest.approx(expected[key], abs=2e-5), (record["step"], key)
+        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3), record["step"]

@@ -1,0 +1,199 @@
+"""Checkpoints of a run: whole or none, and checked before a run goes on from them."""
+
+import dataclasses
+import resource
+import shutil
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers import make_config, parameters, saved_run
+
+from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.config import UserError
+
+
+@pytest.fixture(scope="module")
+def run(assets, tmp_path_factory):
+    """A run of three steps on real text, with checkpoints after the second and the third."""
+    folder = tmp_path_factory.mktemp("resume") / "run"
+    saved_run(folder, generated_data=False, validator={"enable": False})
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def _config(folder, **sections):
+    checkpoint = {"enable": True, "interval": 2, "last_save_model_only": False, **sections.pop("checkpoint", {})}
+    sections = {"validator": {"enable": False}, "resume": True, **sections}
+    return make_config(folder, generated_data=False, checkpoint=checkpoint, **sections)
+
+
+def _resumed(folder, **sections):
+    trainer = _config(folder, **sections).build()
+    trainer.checkpointer.load(step=-1)
+    return trainer
+
+
+@contextmanager
+def _full_disk():
+    """Files of this process end at 100 kB, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_half_written_checkpoint_is_removed_and_neither_loaded_nor_counted(copy):
+    for step in (4, 5):
+        shutil.copytree(copy / "checkpoint/step-3", copy / f"checkpoint/step-{step}")
+        (copy / f"checkpoint/step-{step}/.metadata").unlink()
+    trainer = _resumed(copy, checkpoint={"keep_latest_k": 2})
+    assert trainer.step == 3
+    assert sorted(path.name for path in (copy / "checkpoint").iterdir()) == ["step-2", "step-3"]
+    trainer.checkpointer.save(4)
+    trainer.close()
+    assert sorted(path.name for path in (copy / "checkpoint").iterdir()) == ["step-3", "step-4"]
+
+
+def test_a_run_that_only_loads_removes_nothing(copy):
+    (copy / "checkpoint/step-3/.metadata").unlink()
+    trainer = _resumed(copy, checkpoint={"load_only": True})
+    trainer.close()
+    assert trainer.step == 2 and (copy / "checkpoint/step-3").is_dir()
+
+
+def test_what_is_deleted_stops_being_a_checkpoint_first(copy, monkeypatch):
+    trainer = _resumed(copy, checkpoint={"keep_latest_k": 2})
+
+    def interrupted(folder, *args, **kwargs):
+        raise OSError("killed")
+
+    monkeypatch.setattr("shutil.rmtree", interrupted)
+    trainer.checkpointer.save(4)
+    trainer.close()
+    assert any((copy / "checkpoint/step-2").glob("*.distcp"))
+    assert not (copy / "checkpoint/step-2/.metadata").exists()
+    assert Checkpoint(copy).step == 4
+
+
+def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(copy):
+    trainer = _resumed(copy)
+    with _full_disk(), pytest.raises(UserError, match=r"step-4 could not be written by rank 0: .*File too large"):
+        trainer.checkpointer.save(4)
+    trainer.close()
+    assert not (copy / "checkpoint/step-4/.metadata").exists()
+    assert Checkpoint(copy).step == 3
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_step_that_is_written_again_is_no_checkpoint_meanwhile(copy, mode):
+    trainer = _resumed(copy, checkpoint={"load_step": 2, "async_mode": mode})
+    with _full_disk(), pytest.raises(UserError, match="could not be written by rank 0: .*File too large"):
+        trainer.checkpointer.save_now(3)
+        trainer.checkpointer.maybe_wait_for_saving()
+    trainer.close()
+    assert Checkpoint(copy).step == 2
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_step_between_two_intervals_is_saved_on_demand_once(copy, mode):
+    trainer = _resumed(copy, checkpoint={"interval": 100, "async_mode": mode})
+    trainer.checkpointer.save_now(7)
+    written = (copy / "checkpoint/step-7/.metadata").stat().st_mtime_ns
+    trainer.checkpointer.save_now(7)
+    trainer.close()
+    assert (copy / "checkpoint/step-7/.metadata").stat().st_mtime_ns == written
+    state = Checkpoint(copy).load(["norm.weight"])
+    assert torch.equal(state["norm.weight"], parameters(trainer)["norm.weight"])
+
+
+def _truncate(folder):
+    (file,) = (folder / "checkpoint/step-3").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _garbage(folder):
+    (folder / "checkpoint/step-3/.metadata").write_bytes(b"no metadata")
+
+
+@pytest.mark.parametrize(
+    ("sections", "damage", "message"),
+    [
+        (
+            {"model": {"family": "qwen3", "flavor": "debug"}},
+            None,
+            "step-3 has no tensor 'layers.0.attention.q_norm.weight'",
+        ),
+        ({"nitp": {"weight": 0.0}}, None, None),
+        (
+            {"nitp": {"projector_width": 2.0}},
+            None,
+            r"step-3: 'nitp.projector.w1.weight' is \[\d+, \d+\], but the model",
+        ),
+        (
+            {"checkpoint": {"load_step": 9}},
+            None,
+            r"load_step = 9: .* has no such complete checkpoint; there are: 2, 3\.",
+        ),
+        ({"dataloader": {"num_shards": 4}}, None, r"step-3 is of data in 1 parts, but \[dataloader\] num_shards = 4"),
+        ({}, _truncate, r"__0_0.distcp has [\d,]+ bytes instead of [\d,]+: the checkpoint is incomplete"),
+        ({}, _garbage, r"step-3/.metadata is damaged"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_built(copy, sections, damage, message):
+    if damage:
+        damage(copy)
+    if message is None:
+        trainer = _resumed(copy, **sections)
+        trainer.close()
+        assert trainer.step == 3
+        return
+    with pytest.raises(UserError, match=message):
+        _config(copy, **sections).build()
+
+
+def test_a_run_that_ended_with_its_model_only_says_so(assets, tmp_path):
+    trainer = _config(tmp_path, checkpoint={"last_save_model_only": True}, training={"steps": 2}, resume=False).build()
+    trainer.checkpointer.save(2, last_step=True)
+    trainer.close()
+    with pytest.raises(
+        UserError, match=r"step-2 holds the model only, .*last_save_model_only = true: the run has ended"
+    ):
+        _config(tmp_path).build()
+
+
+def test_a_run_that_ended_with_safetensors_says_so(copy):
+    last = copy / "checkpoint/step-5"
+    last.mkdir()
+    (last / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="step-5 is a Hugging Face model, .*last_save_in_hf = true: the run has ended"):
+        _config(copy).build()
+
+
+def test_data_can_begin_again_under_other_parts(copy):
+    config = _config(copy, dataloader={"num_shards": 4}, checkpoint={"exclude_from_loading": ["dataloader"]})
+    trainer = config.build()
+    trainer.checkpointer.load(step=-1)
+    trainer.close()
+    assert trainer.step == 3 and trainer.dataloader.state_dict()["sequence"] == 0
+
+
+def test_the_tokens_of_all_ranks_are_in_the_state(run, monkeypatch):
+    trainer = dataclasses.replace(_config(run), dump_folder=str(run.parent / "other")).build()
+    monkeypatch.setattr(type(trainer), "_num_token_ranks", 4)
+    trainer.ntokens_seen = 100
+    state = trainer.state_dict()
+    assert state["ntokens_seen"] == 400
+    monkeypatch.setattr(type(trainer), "_num_token_ranks", 2)
+    trainer.load_state_dict(state)
+    trainer.close()
+    assert trainer.ntokens_seen == 200
