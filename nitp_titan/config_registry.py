@@ -5,7 +5,10 @@
 A config's name is a recipe and, after ``@``, a train config, each by short name or path.
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
 
 from nitp_titan import recipe
 from nitp_titan.config import exit_with, UserError
@@ -13,13 +16,7 @@ from nitp_titan.config import exit_with, UserError
 
 def load(name: str):
     """``NITPTrainer.Config`` of ``<recipe>[@<train config>]``; UserError if it is wrong."""
-    recipe_name, _, train_config_name = name.partition("@")
-    recipe_path = recipe.find(recipe_name, "recipes")
-    train_config_path = None
-    if train_config_name:
-        train_config_path = recipe.find(train_config_name, "train_configs")
-    elif recipe.read_toml(recipe_path).get("resolved") is not True:
-        train_config_path = recipe.default_train_config()
+    recipe_path, train_config_path = paths(name)
 
     from nitp_titan import cpu
 
@@ -27,18 +24,37 @@ def load(name: str):
     return recipe.load(recipe_path, train_config_path)
 
 
+def paths(name: str) -> tuple[Path, Path | None]:
+    """Files of ``<recipe>[@<train config>]``; a resolved recipe has no train config."""
+    recipe_name, _, train_config_name = name.partition("@")
+    recipe_path = recipe.find(recipe_name, "recipes")
+    train_config_path = None
+    if train_config_name:
+        train_config_path = recipe.find(train_config_name, "train_configs")
+    elif recipe.read_toml(recipe_path).get("resolved") is not True:
+        train_config_path = recipe.default_train_config()
+    return recipe_path, train_config_path
+
+
 def __getattr__(name: str) -> Callable:
-    if name.startswith("_") or not recipe.find(name.partition("@")[0], "recipes").exists():
+    if (name.startswith("__") and name.endswith("__")) or not recipe.find(name.partition("@")[0], "recipes").exists():
         raise AttributeError(name)
 
     def config():
+        # TorchTitan's entry point, which alone asks for this function, has no place for user errors.
+        sys.excepthook = _say_user_error
         try:
             return load(name)
         except UserError as error:
-            # TorchTitan's entry point has no place for user errors.
             exit_with(error)
 
     return config
+
+
+def _say_user_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if isinstance(error, UserError):
+        exit_with(error)
+    sys.__excepthook__(kind, error, traceback)
 
 
 def __dir__() -> list[str]:

@@ -8,10 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
-from nitp_titan import recipe
+from nitp_titan import recipe, run_folder
 from nitp_titan.config import UserError
 from nitp_titan.files import write_atomically
 
@@ -67,9 +66,7 @@ class Arm:
         if self.folder.exists() and not found:
             raise UserError(f"{self.folder} is not the folder of this run; choose another one with --out.")
         if self.folder.exists() and found["fingerprint"] != wanted:
-            aside = next(path for n in count(1) if not (path := Path(f"{self.folder}.{n}")).exists())
-            say(f"{self.folder} was trained with other settings; it is now {aside}")
-            self.folder.rename(aside)
+            say(f"{self.folder} was trained with other settings; it is now {run_folder.set_aside(self.folder)}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_stamp(wanted, finished=False)
         say(" ".join(self.command()))

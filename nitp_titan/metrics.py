@@ -21,7 +21,7 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.logging import logger
 
 from nitp_titan.meter import GeometryMeter, HIDDEN
-from nitp_titan.metrics_file import MetricsFile
+from nitp_titan.metrics_file import MetricsFile, read_records
 
 # Our name in metrics.jsonl <- TorchTitan's key.
 _RECORD = {
@@ -73,16 +73,19 @@ class NITPMetrics(MetricsProcessor):
         self.loss_parts: Callable[[], Tensor] | None = None
         self.meter: GeometryMeter | None = None
         self.files: list[MetricsFile] = []
+        self._begun = False
         self.console: ConsoleLogger | None = None
+        self.num_skipped = 0
+        """Steps that the run has left out; known to the rank that writes."""
         self.rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=kwargs.get("pp_schedule", "1F1B"))
         """The one that writes."""
         if torch.distributed.get_rank() == self.rank:
             self._add_local_loggers(Path(dump_folder), num_steps=kwargs["config_dict"]["training"]["steps"])
 
     def _add_local_loggers(self, folder: Path, num_steps: int) -> None:
-        names = ("metrics", "validation", "geometry", "probe")
+        names = ("metrics", "validation", "geometry", "probe", "skipped")
         self.files = [MetricsFile(folder / f"{name}.jsonl") for name in names]
-        *files, self.geometry_file, self.probe_file = self.files
+        *files, self.geometry_file, self.probe_file, self.skipped_file = self.files
         training, validation = (RecordLogger(*pair) for pair in zip(files, (_RECORD, _VALIDATION)))
         container = LoggerContainer()
         if isinstance(self.logger, LoggerContainer):
@@ -97,12 +100,24 @@ class NITPMetrics(MetricsProcessor):
 
     def resume(self, step: int) -> None:
         """Continue the metrics files after ``step``, the step that a checkpoint restored."""
+        self._begun = True
         for file in self.files:
             file.resume(step)
+        if self.console is not None and self.skipped_file.path.exists():
+            self.num_skipped = len(read_records(self.skipped_file.path))
 
     def should_log(self, step: int) -> bool:
         """Steps of `[metrics] log_freq`, and those whose geometry is measured."""
         return super().should_log(step) or (self.meter is not None and self.meter.due(step))
+
+    def log_skipped(self, step: int, reason: str) -> None:
+        """Record that a step was left out, and why; its other metrics are not logged."""
+        if not self._begun:
+            self.resume(0)
+        if self.console is not None:
+            self.skipped_file.append({"step": step, "reason": reason})
+            self.num_skipped += 1
+            logger.warning(reason)
 
     def log_probe(self, step: int, figures: dict[str, dict[str, Any]]) -> None:
         """Log the geometry of the fixed validation batches, measured at a step."""
@@ -121,6 +136,9 @@ class NITPMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """As `MetricsProcessor.log`; a collective, called by every rank at the same steps."""
+        if not self._begun:
+            # Whatever the files hold was logged by a start that came to no checkpoint: all of it runs again.
+            self.resume(0)
         extra = dict(extra_metrics or {})
         extra["loss_metrics/ntp_loss"] = global_avg_loss
         if self.loss_parts is not None:

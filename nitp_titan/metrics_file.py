@@ -1,18 +1,15 @@
 """Metrics as JSON lines, one step per line. Imports no torch, so that reports start fast."""
 
 import json
-import logging
 from pathlib import Path
 
 from nitp_titan.files import write_atomically
 
-logger = logging.getLogger()
-
 
 class MetricsFile:
-    """Appends one JSON object per step; after a resume no step stands there twice.
+    """Appends one JSON object per step, of which none stands there twice.
 
-    A new run in a folder that has the file already keeps the old one as ``<name>.<n>``.
+    A file that is not resumed starts anew: a run folder holds one run (`run_folder`), whose steps run again.
     """
 
     def __init__(self, path: Path):
@@ -25,12 +22,11 @@ class MetricsFile:
             return
         kept = [json.dumps(record) + "\n" for record in read_records(self.path) if record["step"] <= step]
         write_atomically(self.path, "".join(kept))
-        self._open()
+        self._open("a")
 
     def append(self, record: dict[str, float]) -> None:
         if self._stream is None:
-            self._set_aside()
-            self._open()
+            self._open("w")
         self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
 
@@ -38,17 +34,9 @@ class MetricsFile:
         if self._stream is not None:
             self._stream.close()
 
-    def _open(self) -> None:
+    def _open(self, mode: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("a")
-
-    def _set_aside(self) -> None:
-        if self.path.exists():
-            number = 1
-            while (old := self.path.with_name(f"{self.path.name}.{number}")).exists():
-                number += 1
-            self.path.rename(old)
-            logger.warning(f"{self.path} was of another run; it is now {old}.")
+        self._stream = self.path.open(mode)
 
 
 def read_records(path: Path) -> list[dict[str, float]]:

@@ -5,6 +5,7 @@ TorchTitan is reachable and a wrong one is named. Knows no TOML: `recipe` reads 
 """
 
 import dataclasses
+import re
 import types
 import typing
 from typing import Any, get_args, get_origin, Literal
@@ -16,16 +17,22 @@ from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC,
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
 
-from nitp_titan.config import ModelConfig, nearest, OPTIMIZER_RANGES, UserError
+from nitp_titan.config import ModelConfig, nearest, shown, UserError
 from nitp_titan.data import TextDataLoader
 from nitp_titan.meter import ProbingValidator
 from nitp_titan.models import build_model_spec
+from nitp_titan.ranges import OPTIMIZER_RANGES
 from nitp_titan.recipe import Settings
 from nitp_titan.trainer import NITPTrainer
 
+_FLAG = re.compile(r"\b([a-z_]+)\.([a-z_]+)\b")
+# Larger integers are no float.
+_FLOAT_BITS = 1024
 # How None is written in TOML, which has no null.
 NONE = "none"
 TOP_KEYS = ("hf_assets_path", "dump_folder")
+# What to do at one start: flags, and no settings of the run.
+_FLAGS = ("resume", "overwrite")
 AC_MODES = {"none": None, "selective": SelectiveAC, "full": FullAC, "memory_budget": MemoryBudgetAC}
 
 
@@ -60,8 +67,10 @@ def _config(**sections: Any) -> NITPTrainer.Config:
     except UserError:
         raise
     except ValueError as error:
-        # TorchTitan's checks across sections.
-        raise UserError(str(error)) from None
+        # TorchTitan's checks across sections, which name their settings as flags do.
+        named = _FLAG.search(str(error))
+        table, key = named.groups() if named else (None, None)
+        raise UserError(str(error), table=table, key=key) from None
 
 
 def _defaults(spec: ModelSpec) -> dict[str, Any]:
@@ -73,7 +82,7 @@ def _defaults(spec: ModelSpec) -> dict[str, Any]:
         "validator": ProbingValidator.Config(dataloader=TextDataLoader.Config(infinite=False), steps=10),
         "tokenizer": HuggingFaceTokenizer.Config(),
     }
-    elsewhere = ("model", "model_spec", *TOP_KEYS)
+    elsewhere = ("model", "model_spec", *TOP_KEYS, *_FLAGS)
     fields = [field for field in dataclasses.fields(NITPTrainer.Config) if field.name not in elsewhere]
     return {field.name: chosen.get(field.name) or field.default_factory() for field in fields}
 
@@ -87,7 +96,9 @@ def _section(settings: Settings, name: str, default: Any) -> Any:
 def _top_keys(settings: Settings, known: list[str]) -> dict[str, Any]:
     hints = typing.get_type_hints(NITPTrainer.Config)
     values = settings.tables.get("", {})
-    for key in values:
+    for key, value in values.items():
+        if key in known and key not in TOP_KEYS:
+            raise UserError(f"{settings.place('', key)}[{key}] must be a table, not {shown(value)}.")
         if key not in TOP_KEYS:
             raise UserError(f"{settings.place('', key)}there is no key '{key}'.{nearest(key, known)}")
     return {key: _converted(value, hints[key], settings.place("", key) + key) for key, value in values.items()}
@@ -118,10 +129,11 @@ def _optimizer(settings: Settings, table: dict[str, Any]) -> OptimizersContainer
 def _activation_checkpoint(settings: Settings, table: dict[str, Any]) -> Any:
     mode = table.get("mode", "selective")
     options = {key: value for key, value in table.items() if key != "mode"}
-    if mode not in AC_MODES:
+    if not isinstance(mode, str) or mode not in AC_MODES:
+        place = f"{settings.place('activation_checkpoint', 'mode')}[activation_checkpoint] mode"
+        choices = ", ".join(map(repr, AC_MODES))
         raise UserError(
-            f"{settings.place('activation_checkpoint', 'mode')}[activation_checkpoint] mode = {mode!r}, but it must "
-            f"be one of {', '.join(map(repr, AC_MODES))}.{_suggestion(str(mode), list(AC_MODES))}"
+            f"{place} = {shown(mode)}, but it must be one of {choices}.{_suggestion(str(mode), [*AC_MODES])}"
         )
     if AC_MODES[mode] is not None:
         return _filled(settings, "activation_checkpoint", AC_MODES[mode].Config(), options, also=["mode"])
@@ -135,7 +147,7 @@ def _filled(settings: Settings, name: str, default: Any, table: Any, also: list[
     """Copy of the dataclass ``default`` with the values of a TOML table, nested tables included."""
     top = name.split(".")[0]
     if not isinstance(table, dict):
-        raise UserError(f"{settings.place(top)}[{name}] must be a table, not {table!r}.")
+        raise UserError(f"{settings.place(top)}[{name}] must be a table, not {shown(table)}.")
     hints = typing.get_type_hints(type(default), include_extras=False)
     fields = {field.name for field in dataclasses.fields(default) if not field.name.startswith("_")}
     changes = {}
@@ -178,7 +190,7 @@ def _converted(value: Any, hint: Any, place: str) -> Any:
         if value in get_args(hint) and type(value) in map(type, get_args(hint)):
             return value
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, float) or (type(value) is int and value.bit_length() < _FLOAT_BITS):
             return float(value)
     elif hint in (int, str, bool):
         if type(value) is hint:
@@ -196,7 +208,7 @@ def _converted(value: Any, hint: Any, place: str) -> Any:
     elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _record(value, hint, place)
     suggestion = _suggestion(str(value), [str(choice) for choice in get_args(hint)]) if origin is Literal else ""
-    raise UserError(f"{place} = {value!r}, but it must be {_type_name(hint)}.{suggestion}")
+    raise UserError(f"{place} = {shown(value)}, but it must be {_type_name(hint)}.{suggestion}")
 
 
 def _record(value: dict[str, Any], cls: type, place: str) -> Any:
@@ -234,7 +246,7 @@ def to_tables(config) -> dict[str, Any]:
     document: dict[str, Any] = {"hf_assets_path": config.hf_assets_path, "dump_folder": config.dump_folder}
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)
-        if field.name in ("model_spec", *TOP_KEYS):
+        if field.name in ("model_spec", *TOP_KEYS, *_FLAGS):
             continue
         if field.name == "activation_checkpoint":
             document[field.name] = _activation_checkpoint_table(section)

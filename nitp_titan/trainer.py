@@ -3,10 +3,10 @@
 import copy
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -14,21 +14,24 @@ import tyro
 from torch import Tensor
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, IGNORE_INDEX
 from torchtitan.components.quantization import Float8LinearConverter
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from nitp_titan import cpu, recipe
+from nitp_titan import agreement, cpu, credentials, run_folder
 from nitp_titan.config import (
-    check_ranges,
     Float8Config,
     GeometryConfig,
+    GuardConfig,
     MachineConfig,
     ModelConfig,
     NITPConfig,
     UserError,
 )
 from nitp_titan.data import check_sources
+from nitp_titan.guard import Guard, StepSkipped
 from nitp_titan.hf.export import check_last_save
 from nitp_titan.initial_load import check_initial_load, NITPCheckpointManager
 from nitp_titan.layout import check_layout
@@ -37,6 +40,11 @@ from nitp_titan.lr_scheduler import WSDSchedulers
 from nitp_titan.meter import GeometryMeter, measured_states, ProbingValidator
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.objective import trained_positions
+from nitp_titan.preflight import check_run
+from nitp_titan.ranges import check_ranges
+from nitp_titan.restarts import use_fresh_store
+from nitp_titan.resume import check_resume
+from nitp_titan.stopping import STOPPED, StopSignal
 from nitp_titan.variants import with_nitp
 
 
@@ -50,15 +58,22 @@ class NITPTrainer(Trainer):
         model: Annotated[ModelConfig, tyro.conf.Suppress] = field(default_factory=ModelConfig)
         nitp: NITPConfig = field(default_factory=NITPConfig)
         geometry: GeometryConfig = field(default_factory=GeometryConfig)
+        guard: GuardConfig = field(default_factory=GuardConfig)
         float8: Float8Config = field(default_factory=Float8Config)
         lr_scheduler: WSDSchedulers.Config = field(default_factory=WSDSchedulers.Config)
         metrics: NITPMetrics.Config = field(default_factory=NITPMetrics.Config)
         validator: ProbingValidator.Config = field(default_factory=ProbingValidator.Config)
         checkpoint: NITPCheckpointManager.Config = field(default_factory=NITPCheckpointManager.Config)
         machine: MachineConfig = field(default_factory=MachineConfig)
+        resume: bool = False
+        """Go on with the run in dump_folder although its recipe or data have changed, for example for more steps."""
+
+        overwrite: bool = False
+        """Start anew in dump_folder; the run that is there is kept beside it, as <dump_folder>.1, .2, ..."""
 
         def __post_init__(self) -> None:
             Trainer.Config.__post_init__(self)
+            credentials.check_settings(self)
             check_ranges(self)
             if self.model_spec is not None:
                 self.nitp.check_model(len(self.model_spec.model.layers))
@@ -72,22 +87,32 @@ class NITPTrainer(Trainer):
         check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         check_sources(config)
         spec, loss = model_spec_with_nitp(config), loss_with_nitp(config)
+        check_run(config, spec)
         check_last_save(config, spec)
-        config = check_initial_load(config, spec)
+        start = run_folder.find_start(config)
+        if not start.set_aside:
+            check_resume(config, spec)
+        if start.from_step is None:
+            config = check_initial_load(config, spec)
+        self._run = config, start
         super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
-        vocab_size = self.model_config.vocab_size
-        if self.tokenizer.get_vocab_size() > vocab_size:
-            raise UserError(
-                f"hf_assets_path = '{config.hf_assets_path}' has {self.tokenizer.get_vocab_size()} tokens, more than "
-                f"the model's vocabulary of {vocab_size}.",
-                table="",
-                key="hf_assets_path",
-            )
         if config.nitp.enabled:
             self._prepare_nitp()
         self.meter = self._meter() if config.geometry.enable else None
+        self.guard = self._guard()
+        self.stopped = False
+        # On the CPU, so that agreeing on a stop keeps no device waiting.
+        num_ranks = torch.distributed.get_world_size()
+        self._stop_group = torch.distributed.new_group(backend="gloo") if num_ranks > 1 else None
         if torch.distributed.get_rank() == 0:
-            recipe.write_resolved(config, Path(config.dump_folder))
+            start.record(config, hosts=self._hosts, world_size=torch.distributed.get_world_size())
+
+    def init_distributed(self) -> ParallelDims:
+        """As `Trainer.init_distributed`; then all ranks agree on what they run, and the run folder is settled."""
+        use_fresh_store()
+        parallel_dims = super().init_distributed()
+        self._hosts = agreement.settle(*self._run)
+        return parallel_dims
 
     def _prepare_nitp(self) -> None:
         has_loss = not self.parallel_dims.pp_enabled or self.pp_has_last_stage
@@ -119,8 +144,46 @@ class NITPTrainer(Trainer):
             self.validator.meter = meter
         return meter
 
+    def _guard(self) -> Guard:
+        loss_mesh, pp_mesh = (self.parallel_dims.get_optional_mesh(axis) for axis in ("loss", "pp"))
+        guard = Guard(
+            self.config.guard,
+            model_parts=self.model_parts,
+            num_losses=self.gradient_accumulation_steps,
+            loss_figures=self.loss_fn.figures if self.config.nitp.enabled else None,
+            has_loss=pp_mesh is None or self.pp_has_last_stage,
+            num_loss_shares=1 if loss_mesh is None else loss_mesh.size(),
+            stage=0 if pp_mesh is None else pp_mesh.get_local_rank(),
+            device=self.device,
+            metrics=self.metrics_processor,
+            last_checkpoint=self.checkpointer.last_checkpoint,
+        )
+        self.checkpointer.before_save = guard.verify_weights
+        return guard
+
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
-        """One optimizer step, measured where geometry is due."""
+        """One optimizer step, measured where geometry is due; a bad one is left out or ends training (`Guard`)."""
+        try:
+            self._train_step(data_iterator)
+        except StepSkipped:
+            self.lr_schedulers.step()
+            if self.meter is not None:
+                self.meter.active = False
+
+    def forward_backward_step(self, **inputs: Any) -> Tensor:
+        """As `Trainer.forward_backward_step`; every loss and gradient passes by the guard."""
+        # TorchTitan has just waited for the device, to hand it the inputs.
+        self.guard.verify()
+        loss = super().forward_backward_step(**inputs)
+        self.guard.see(self.step, loss, at_once=self._looks_at(self.step))
+        return loss
+
+    def _looks_at(self, step: int) -> bool:
+        """Whether the host waits for the figures of a step anyway."""
+        validates = self.config.validator.enable and self.validator.should_validate(step)
+        return self.metrics_processor.should_log(step) or validates or step == self.config.training.steps
+
+    def _train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         if self.config.nitp.enabled:
             data_iterator = self._counted(data_iterator)
         if self.meter is None or not self.meter.due(self.step):
@@ -134,8 +197,10 @@ class NITPTrainer(Trainer):
     def _without_cuda_graph(self) -> Iterator[None]:
         """A graph replays the steps that measure nothing; the same kernels measure outside of it."""
         replayed, self.fwd_bwd_fn = self.fwd_bwd_fn, self._forward_backward_body
-        yield
-        self.fwd_bwd_fn = replayed
+        try:
+            yield
+        finally:
+            self.fwd_bwd_fn = replayed
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
@@ -165,8 +230,40 @@ class NITPTrainer(Trainer):
             parts = dist_utils.dist_sum_tensor(parts, self.parallel_dims.get_optional_mesh("loss"))
         return parts
 
+    def train(self) -> None:
+        """As `Trainer.train`; after SIGTERM it saves a checkpoint and exits with status `STOPPED`."""
+        with StopSignal(self._stop_group) as self.stop:
+            super().train()
+            self.checkpointer.maybe_wait_for_saving()
+            if not self.stopped:
+                return
+            self.stop.announce()
+        self.close()
+        torch.distributed.destroy_process_group()
+        logger.warning(f"Stopped by SIGTERM after step {self.step}; the same command goes on from there.")
+        sys.exit(STOPPED)
+
+    def should_continue_training(self) -> bool:
+        """As `Trainer.should_continue_training`; called once a step, and saves where training has to stop."""
+        if not super().should_continue_training():
+            return False
+        self.stopped = self.stop.agreed()
+        if self.stopped:
+            self.checkpointer.save_now(self.step)
+        return not self.stopped
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Trainer.state_dict`; tokens are those of all ranks, so that other ranks can go on."""
+        return {**super().state_dict(), "ntokens_seen": self.ntokens_seen * self._num_token_ranks}
+
+    @property
+    def _num_token_ranks(self) -> int:
+        """Ranks that count tokens of their own, each as many as any other."""
+        return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard * self.parallel_dims.cp
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self.ntokens_seen //= self._num_token_ranks
         self.metrics_processor.resume(self.step)
 
 
@@ -216,5 +313,9 @@ def model_spec_with_nitp(config: NITPTrainer.Config) -> ModelSpec:
             emulate=config.float8.emulate,
             model_compile_enabled=config.compile.enable and "model" in config.compile.components,
         )
-        spec = dataclasses.replace(spec, model=converter.build().convert(spec.model))
+        try:
+            spec = dataclasses.replace(spec, model=converter.build().convert(spec.model))
+        except (ImportError, ValueError) as error:
+            # Without torchao, or on a device that lacks float8.
+            raise UserError(f"[float8] enable = true: {error}", table="float8", key="enable") from None
     return spec

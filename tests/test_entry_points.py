@@ -11,6 +11,19 @@ from nitp_titan.metrics_file import read_records
 from nitp_titan.train import titan_arguments
 
 FLAGS = ["--training.steps", "2", "--metrics.log_freq", "1", "--checkpoint.no-enable", "--nitp.weight", "0.8"]
+# Values of variables, which must not be seen again anywhere.
+SECRETS = {
+    "HF_TOKEN": "hf_sentinelsentinelsentinelsentinel",
+    "HUGGING_FACE_HUB_TOKEN": "hf_secondsentinelsecondsentinel",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+}
+TRACKERS = [
+    "--metrics.enable_tensorboard",
+    "--metrics.enable_wandb",
+    "--geometry.interval",
+    "1",
+    "--debug.print_config",
+]
 LR = ["--optimizer.lr", "1e-4"], ["--optimizer.param-groups.0.optimizer-kwargs.lr", "1e-4"]
 
 
@@ -28,7 +41,10 @@ def both(torchrun, tmp_path_factory):
         "--dump_folder",
         str(folder / "ours"),
         *FLAGS,
+        *TRACKERS,
         *LR[0],
+        WANDB_MODE="offline",
+        **SECRETS,
     )
     stock = torchrun(
         1,
@@ -45,7 +61,17 @@ def both(torchrun, tmp_path_factory):
     )
     for done in (ours, stock):
         assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "said.txt").write_text(ours.stdout + ours.stderr)
     return folder
+
+
+def test_no_token_of_the_environment_is_written_or_said(both):
+    written = {path: path.read_bytes() for path in [both / "said.txt", *(both / "ours").rglob("*")] if path.is_file()}
+    assert any("wandb" in str(path) for path in written) and any("tfevents" in path.name for path in written)
+    assert (both / "ours/starts.jsonl") in written and (both / "ours/geometry.jsonl") in written
+    for name, value in SECRETS.items():
+        for path, content in written.items():
+            assert value.encode() not in content, f"{name} in {path}"
 
 
 def test_both_entry_points_give_identical_losses(both):
@@ -127,6 +153,16 @@ def test_a_mistake_on_the_command_line_is_said_without_a_traceback(tmp_path, arg
     said = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_mistake_met_while_building_is_said_by_the_stock_entry_point_without_a_traceback(assets, tmp_path):
+    arguments = ["--module", "nitp_titan", "--config", "debug/nitp_debug@cpu", "--dump_folder", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torchtitan.train", *arguments, "--resume", "--overwrite"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.endswith(
+        "\nerror: --resume goes on with a run and --overwrite starts it anew; give one of them.\n"
+    )
 
 
 def test_of_many_ranks_one_says_what_is_wrong(torchrun):

@@ -30,12 +30,12 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_new_run_keeps_the_metrics_of_an_older_one(tmp_path):
+def test_a_start_without_a_checkpoint_replaces_what_an_earlier_one_logged(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for steps in ([1, 2], [1], [1, 2, 3]):
+    for steps in ([1, 2], [1, 2, 3], [1]):
         _write(path, steps)
-    lengths = {file.name: len(read_records(file)) for file in tmp_path.iterdir()}
-    assert lengths == {"metrics.jsonl": 3, "metrics.jsonl.1": 2, "metrics.jsonl.2": 1}
+        assert [record["step"] for record in read_records(path)] == steps
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_resume_without_a_file_starts_one(tmp_path):

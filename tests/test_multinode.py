@@ -1,11 +1,13 @@
 """scripts/multinode.slurm under a stand-in for Slurm: two nodes, played by two processes on this machine."""
 
 import os
+import socket
 import subprocess
 import sys
 
 from nitp_titan.metrics_file import read_records
 from nitp_titan.recipe import PROJECT
+from nitp_titan.run_folder import read_starts
 
 SCONTROL = "#!/bin/sh\nprintf 'localhost\\nelsewhere\\n'\n"
 # As srun does, start the command once per node; its own options come first.
@@ -35,9 +37,11 @@ def test_two_nodes_train_one_run_together(assets, tmp_path):
         "SLURM_SUBMIT_DIR": str(PROJECT),
         "RANKS_PER_NODE": "1",
     }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("of another run\n")
     arguments = ["--recipe", "debug/nitp_debug", "--train-config", "cpu", "--dump_folder", str(tmp_path / "run")]
     arguments += ["--training.local_batch_size", "8", "--training.steps", "2", "--metrics.log_freq", "1"]
-    arguments += ["--validator.no-enable"]
+    arguments += ["--validator.no-enable", "--overwrite"]
     done = subprocess.run(
         ["bash", "scripts/multinode.slurm", *arguments], capture_output=True, text=True, env=environment, cwd=PROJECT
     )
@@ -45,3 +49,8 @@ def test_two_nodes_train_one_run_together(assets, tmp_path):
     records = read_records(tmp_path / "run/metrics.jsonl")
     # Both nodes' batches of 8 sequences of 128 tokens make the recipe's 16.
     assert [record["tokens"] for record in records] == [2048, 4096]
+    (start,) = read_starts(tmp_path / "run")
+    assert (start["world_size"], start["hosts"], start["job"]) == (2, [socket.gethostname()], str(os.getpid()))
+    assert (tmp_path / "run.1/metrics.jsonl").read_text() == "of another run\n"
+    # TorchTitan had begun them before the folder was set aside.
+    assert len(list((tmp_path / "run/structured_logs").iterdir())) == 2 and (tmp_path / "run/comm_traces").is_dir()

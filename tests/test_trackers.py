@@ -11,6 +11,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from nitp_titan import config_registry
 
 STATES = ("hidden", "target", "projected")
+TOKENS = {"HF_TOKEN": "hf_sentinelsentinelsentinel", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
 FIGURES = ("effective_rank", "rankme", "participation_ratio", "cosine", "cosine_sampled")
 
 
@@ -21,8 +22,10 @@ def tracked(assets, tmp_path_factory):
     names = config_registry.load("debug/nitp_debug@cpu").metrics
     validator = make_config(folder, generated_data=False).validator
     with pytest.MonkeyPatch.context() as patch:
-        for variable in ("WANDB_RUN_NAME", "WANDB_RUN_GROUP", "WANDB_API_KEY"):
+        for variable in ("WANDB_RUN_NAME", "WANDB_RUN_GROUP"):
             patch.delenv(variable, raising=False)
+        for variable, value in TOKENS.items():
+            patch.setenv(variable, value)
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
         config = make_config(
@@ -59,6 +62,12 @@ def test_tensorboard_has_grouped_tags_and_the_paper_s_figures_as_a_layout(tracke
     charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
     assert [title.partition(":")[0] for title in charts] == ["Figure 1", "Figure 1", "Figure 5", "NTP loss"]
     assert {tag for shown in charts.values() for tag in shown} <= tags
+
+
+def test_no_token_of_the_environment_is_in_the_run_folder(tracked):
+    folder, _ = tracked
+    written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert len(written) > 6 and not any(token.encode() in content for token in TOKENS.values() for content in written)
 
 
 def test_weights_and_biases_works_offline_with_name_group_and_config_of_the_recipe(tracked):

@@ -161,7 +161,7 @@ def test_a_resumed_run_continues_bit_for_bit_and_logs_each_step_once(assets, tmp
                     metrics.write('{"step": 6, "ntp_lo')
                 torch_checkpoint = folder / "checkpoint/step-5"
                 torch_checkpoint.rename(tmp_path / "lost")
-            trainer = _checkpointed(folder, steps).build()
+            trainer = dataclasses.replace(_checkpointed(folder, steps), resume=folder == broken).build()
             trainer.train()
             trainer.close()
         ends.append(parameters(trainer))

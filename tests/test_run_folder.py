@@ -1,0 +1,258 @@
+"""A run folder holds one run: the same run goes on, another one is refused, nothing is lost."""
+
+import dataclasses
+import hashlib
+import json
+import os
+
+import pytest
+from helpers import make_config
+
+from nitp_titan import provenance, recipe, run_folder, schema
+from nitp_titan.config import UserError
+from nitp_titan.data import TextDataLoader
+from nitp_titan.run_folder import find_start, read_starts
+
+CHECKPOINT = {"checkpoint": {"enable": True}}
+
+
+@pytest.fixture
+def config(assets, tmp_path):
+    """The settings of a run in ``run``, with changes by section."""
+
+    def make(*, folder="run", **sections):
+        return make_config(tmp_path / folder, **{**CHECKPOINT, **sections})
+
+    return make
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """A folder as a run of `config` leaves it, with checkpoints up to step 20; the last one is half-written."""
+    folder = tmp_path / "run"
+    recipe.write_resolved(config(), folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    for step in (3, 20, 100):
+        (folder / f"checkpoint/step-{step}").mkdir(parents=True)
+        if step != 100:
+            (folder / f"checkpoint/step-{step}/.metadata").touch()
+    return folder
+
+
+def _files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_without_a_run_may_hold_anything(config, tmp_path):
+    assert find_start(config()).from_step is None and not (tmp_path / "run").exists()
+    (tmp_path / "run/structured_logs").mkdir(parents=True)
+    (tmp_path / "run/log.txt").write_text("of the launcher")
+    start = find_start(config(overwrite=True))
+    assert (start.from_step, start.set_aside) == (None, [])
+    assert find_start(config(resume=True)).message == "--resume: there is no run yet, a new one starts"
+
+
+def test_the_same_run_goes_on_with_another_layout_and_other_intervals(config, run):
+    before = _files(run)
+    start = find_start(
+        config(
+            training={"local_batch_size": 2},
+            parallelism={"data_parallel_shard_degree": 2},
+            checkpoint={"enable": True, "interval": 7},
+            geometry={"enable": True},
+            metrics={"log_freq": 5},
+        )
+    )
+    assert (start.from_step, start.set_aside) == (20, [])
+    assert start.message == f"{run}: the run goes on from step 20"
+    assert _files(run) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"training": {"steps": 200}}, "[training] steps: 3 -> 200. "),
+        ({"nitp": {"weight": 0.5}}, "[nitp] weight: 1.0 -> 0.5. "),
+        ({"debug": {"seed": 7}}, "[debug] seed: 42 -> 7. "),
+        ({"documents": "whole"}, "[dataloader] documents: 'packed' -> 'whole'. "),
+        ({"training": {"steps": 9, "seq_len": 64, "max_norm": 1.0, "global_batch_size": 8}}, "; and 1 more. "),
+    ],
+)
+def test_another_recipe_or_other_data_are_refused_with_what_differs(config, run, changed, said):
+    before = _files(run)
+    with pytest.raises(UserError) as refused:
+        find_start(config(**changed))
+    text = str(refused.value)
+    assert text.startswith(f"{run} holds another run: ") and said in text and "\n" not in text
+    assert text.endswith(
+        "Choose another --dump_folder, or set the old run aside with --overwrite, or go on with the run all the same "
+        "with --resume."
+    )
+    assert _files(run) == before
+
+
+def test_a_learning_rate_is_named_as_the_recipe_names_it(config, run):
+    other = config()
+    group = other.optimizer.param_groups[0]
+    faster = dataclasses.replace(group, optimizer_kwargs={**group.optimizer_kwargs, "lr": 0.5})
+    optimizer = dataclasses.replace(other.optimizer, param_groups=[faster])
+    with pytest.raises(UserError, match=r"holds another run: \[optimizer\] lr: [0-9.e-]+ -> 0\.5\."):
+        find_start(dataclasses.replace(other, optimizer=optimizer))
+
+
+def test_resume_goes_on_with_changed_settings_from_a_checkpoint_only(config, run):
+    start = find_start(config(training={"steps": 200}, resume=True))
+    assert start.from_step == 20
+    assert start.message == f"{run}: the run goes on from step 20 with [training] steps: 3 -> 200"
+    (run / "checkpoint").rename(run / "elsewhere")
+    with pytest.raises(UserError, match="steps: 3 -> 200; there is no checkpoint to resume from. Choose another"):
+        find_start(config(training={"steps": 200}, resume=True))
+    assert find_start(config()).message == f"{run}: the run had no checkpoint yet and starts again"
+
+
+def test_both_flags_at_once_and_a_file_as_folder_are_refused(config, tmp_path):
+    with pytest.raises(UserError, match="give one of them"):
+        find_start(config(resume=True, overwrite=True))
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="dump_folder = '.*/run' is a file"):
+        find_start(config())
+
+
+def test_overwrite_keeps_the_old_run_beside_the_new_one(config, run, tmp_path):
+    before = _files(run)
+    for name in ("structured_logs", "comm_traces"):
+        (run / name).mkdir()
+    (tmp_path / "run.1").mkdir()
+    start = find_start(config(training={"steps": 200}, overwrite=True))
+    assert (start.from_step, start.set_aside) == (None, [run]) and run.exists()
+    start.settle()
+    assert _files(tmp_path / "run.2") == before
+    assert sorted(path.name for path in run.iterdir()) == ["comm_traces", "structured_logs"]
+    assert find_start(config(training={"steps": 200})).from_step is None
+
+
+def test_overwrite_sets_aside_checkpoints_that_lie_elsewhere(config, run, tmp_path):
+    (run / "checkpoint").rename(tmp_path / "elsewhere")
+    checkpoint = {"enable": True, "folder": str(tmp_path / "elsewhere")}
+    assert find_start(config(checkpoint=checkpoint)).from_step == 20
+    find_start(config(checkpoint=checkpoint, overwrite=True)).settle()
+    assert (tmp_path / "elsewhere.1/step-20/.metadata").exists() and (tmp_path / "run.1/resolved.toml").exists()
+    assert not (tmp_path / "elsewhere").exists()
+    remote = config(checkpoint={"enable": True, "folder": "s3://bucket/run"}, overwrite=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").touch()
+    with pytest.raises(UserError, match="cannot set checkpoints in a remote folder aside"):
+        find_start(remote)
+    start = find_start(dataclasses.replace(remote, overwrite=False, resume=True))
+    assert start.message == f"{tmp_path}/run: the run goes on from s3://bucket/run"
+
+
+def test_a_restart_of_the_same_job_does_not_overwrite_what_it_began(config, run, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    # The job died before it set the old run aside.
+    assert find_start(config(overwrite=True)).set_aside == [run]
+    find_start(config()).record(config(), world_size=1)
+    assert find_start(config(overwrite=True)).from_step == 20
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert find_start(config(overwrite=True)).set_aside == [run]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert find_start(config(overwrite=True)).from_step == 20
+    # The files of the recipe were changed meanwhile.
+    assert find_start(config(overwrite=True, debug={"seed": 7})).set_aside == [run]
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert find_start(config(overwrite=True)).set_aside == [run]
+
+
+@pytest.mark.parametrize("damage", ["", "resolved = true\n[training", None])
+def test_a_run_of_an_unknown_recipe_is_refused(config, run, damage):
+    resolved = run / "resolved.toml"
+    resolved.unlink() if damage is None else resolved.write_text(damage)
+    with pytest.raises(UserError, match="holds a run without a readable resolved.toml, so that it may be of another"):
+        find_start(config())
+    assert find_start(config(resume=True)).from_step == 20
+    assert find_start(config(overwrite=True)).set_aside == [run]
+
+
+def test_a_run_of_an_older_version_had_the_defaults_of_later_settings(config, run):
+    resolved = run / "resolved.toml"
+    text = resolved.read_text()
+    older = "".join(line for line in text.splitlines(True) if not line.startswith(("start_step", "projector_width")))
+    assert len(older) < len(text)
+    resolved.write_text(older)
+    assert find_start(config()).from_step == 20
+    with pytest.raises(UserError, match=r"\[nitp\] start_step: 0 -> 5\."):
+        find_start(config(nitp={"start_step": 5}))
+
+
+def test_a_run_with_checkpoints_does_not_start_again_without_them(config, run):
+    with pytest.raises(UserError, match=r"checkpoints up to step 20, and \[checkpoint\] enable = false would not load"):
+        find_start(config(checkpoint={"enable": False}))
+
+
+def test_every_setting_of_the_data_but_how_they_are_read_identifies_a_run(config):
+    keys = {field.name for field in dataclasses.fields(TextDataLoader.Config) if not field.name.startswith("_")}
+    tables = schema.to_tables(dataclasses.replace(config(), dataloader=TextDataLoader.Config()))
+    kept = run_folder.identity(tables)["dataloader"]
+    assert keys - set(kept) == {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "streaming"}
+
+
+def test_each_start_is_one_line_and_no_setting_is_lost(config, run):
+    (run / "resolved.toml").unlink()
+    settings = [config(), config(training={"steps": 200, "local_batch_size": 2}), config(training={"steps": 300})]
+    for each in settings:
+        find_start(dataclasses.replace(each, resume=True)).record(each, hosts=["here"], world_size=1)
+        with (run / "starts.jsonl").open("a") as stream:
+            # As if the start after it had been cut short.
+            stream.write('{"time": ')
+    first, second, third = read_starts(run)
+    assert first["changed"] == {}
+    assert second["changed"] == {"[training] local_batch_size": [4, 2], "[training] steps": [3, 200]}
+    assert third["changed"] == {"[training] local_batch_size": [2, 4], "[training] steps": [200, 300]}
+    assert first["recipe"] == run_folder.recipe_hash(schema.to_tables(settings[0])) != second["recipe"]
+    assert third["code"] == provenance.code_hash() and third["from_step"] == 20 and third["hosts"] == ["here"]
+    assert third["command"][0].endswith("python") or "pytest" in " ".join(third["command"])
+    assert third["versions"]["torchtitan"] == "0.3.0" and third["versions"]["nitp-titan"]
+    assert third["time"].endswith("+00:00")
+    resolved = json.loads((run / "resolved.json").read_text())
+    assert resolved["training"]["steps"] == 300
+    assert not {"resume", "overwrite"} & {*resolved, *(run / "resolved.toml").read_text().split()}
+
+
+def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/starts.jsonl").mkdir()
+    with pytest.raises(UserError, match="starts.jsonl cannot be written: Is a directory"):
+        find_start(config()).record(config())
+
+
+def test_git_gives_commit_and_dirty_files_and_its_absence_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "PROJECT", tmp_path)
+    git = provenance.git.__wrapped__
+    assert git() is None
+    (tmp_path / "nitp_titan").mkdir()
+    (tmp_path / "nitp_titan/recipe.py").touch()
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        provenance._git(*arguments)
+    assert git()["dirty"] == [] and len(git()["commit"]) == 40
+    (tmp_path / "nitp_titan/recipe.py").write_text("x = 1")
+    (tmp_path / "new.txt").touch()
+    assert git()["dirty"] == ["nitp_titan/recipe.py", "new.txt"]
+    # An installed copy in the repository of something else.
+    monkeypatch.setattr(recipe, "PROJECT", tmp_path / "nitp_titan")
+    assert git() is None
+    monkeypatch.setattr(recipe, "PROJECT", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert git() is None
+
+
+def test_the_code_hash_is_that_of_all_files_of_the_package(monkeypatch, tmp_path):
+    copy = tmp_path / "nitp_titan"
+    (copy / "models").mkdir(parents=True)
+    (copy / "models/a.py").write_text("x = 1\n")
+    (copy / "provenance.py").write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(copy / "provenance.py"))
+    digest = hashlib.sha256(b"models/a.py\x006\x00x = 1\nprovenance.py\x000\x00").hexdigest()
+    assert provenance.code_hash.__wrapped__() == digest
+    assert provenance.code_hash() != digest and os.environ["RANK"] == "0"

@@ -1,0 +1,11 @@
+"""Train where rank 1 reads another recipe and has other code than rank 0; test_agreement.py starts it."""
+
+import os
+import sys
+
+from nitp_titan import provenance, train
+
+if os.environ["RANK"] == "1":
+    sys.argv += ["--training.steps", "7"]
+    provenance.code_hash = lambda: "0123456789abcdef"
+train.main()
