@@ -1,14 +1,17 @@
-"""Our own settings, the ranges of all settings, and the one error type for what a user can cause.
+"""Our own settings, and the one error type for what a user can cause.
 
 Imports no torch: recipes are read without it.
 """
 
 import dataclasses
 import difflib
+import json
 import os
+import reprlib
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NoReturn, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,18 +31,47 @@ class UserError(ValueError):
         self.table, self.key = table, key
 
 
-_SECONDS_FOR_RANK_0 = 30
+# Ranks reach the same line within a few seconds of each other.
+_SECONDS_FOR_RANK_0 = 15
 
 
 def exit_with(error: UserError) -> NoReturn:
     """End the process with status 1 and the error in one line.
 
     All ranks meet the same mistake. Rank 0 says it, and torchrun ends the others; what rank 0
-    does not meet is said after a while by the rank that did.
+    does not meet is said after a while by the first rank of a node that did.
     """
+    # It imports this module.
+    from nitp_titan.credentials import redact
+
+    # What TorchTitan and libraries say may have several lines.
+    message = redact(" ".join(f"error: {error}".splitlines()))
+    _tell_torchrun(message)
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(_SECONDS_FOR_RANK_0)
-    sys.exit(f"error: {error}")
+        time.sleep(_SECONDS_FOR_RANK_0 + int(os.environ.get("LOCAL_RANK", "0")))
+    sys.exit(message)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Put the line in place of the traceback that TorchTitan's ``@record`` left for torchrun's summary."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+
+
+class _Shown(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write out an integer of thousands of digits.
+        return repr(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
+
+
+_shown = _Shown()
+_shown.maxstring = _shown.maxother = 100
+
+
+def shown(value: object) -> str:
+    """``repr`` of a setting, cut where it is long: an error is one line."""
+    return _shown.repr(value)
 
 
 def nearest(word: str, choices: list[str]) -> str:
@@ -184,6 +216,30 @@ class GeometryConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """What happens at a bad step: one whose loss or gradient, over all ranks, is not finite, or is a spike."""
+
+    max_skipped_steps: int = 0
+    """Bad steps that a run may leave out, resumed parts included, before it stops; 0 stops at the first. Above 0 the
+    optimizer waits for the verdict: the host looks at one number of the device in every step."""
+
+    skip_above: float | None = None
+    """Norm of the gradient before clipping above which a step is a spike; none: only what is not finite is bad."""
+
+    def __post_init__(self) -> None:
+        self._require(self.max_skipped_steps >= 0, "max_skipped_steps", "at least 0")
+        if self.skip_above is not None:
+            self._require(0 < self.skip_above < float("inf"), "skip_above", "a finite number above 0, or 'none'")
+            self._require(self.max_skipped_steps > 0, "skip_above", "'none' while max_skipped_steps = 0 skips no step")
+
+    def _require(self, condition: bool, name: str, allowed: str) -> None:
+        if not condition:
+            raise UserError(
+                f"[guard] {name} = {getattr(self, name)!r}, but it must be {allowed}.", table="guard", key=name
+            )
+
+
+@dataclass(kw_only=True, slots=True)
 class Float8Config:
     """Float8 training of the linear layers through torchao (TorchTitan's Float8LinearConverter)."""
 
@@ -232,58 +288,3 @@ class MachineConfig:
 
     recipes: list[str] = dataclasses.field(default_factory=list)
     """Recipes that it is meant for, as patterns: ``dense/*``."""
-
-
-def _at_least(limit: float):
-    return lambda value: value >= limit, f"at least {limit}"
-
-
-_POSITIVE = (lambda value: value > 0), "above 0"
-_FRACTION = (lambda value: 0 <= value <= 1), "between 0 and 1"
-_DEGREE = _at_least(1)
-
-# Ranges that TorchTitan leaves to chance, by table and key; it checks the others itself.
-RANGES = {
-    ("training", "seq_len"): _at_least(2),
-    ("training", "steps"): _at_least(1),
-    ("training", "max_norm"): _POSITIVE,
-    ("training", "local_batch_size"): _at_least(1),
-    ("training", "global_batch_size"): ((lambda value: value == -1 or value >= 1), "at least 1"),
-    ("training", "gc_freq"): _at_least(1),
-    ("lr_scheduler", "warmup_steps"): _at_least(0),
-    ("lr_scheduler", "decay_ratio"): _FRACTION,
-    ("lr_scheduler", "min_lr_factor"): _FRACTION,
-    ("metrics", "log_freq"): _at_least(1),
-    ("validator", "freq"): _at_least(1),
-    ("loss", "num_chunks"): _at_least(1),
-    ("debug", "seed"): _at_least(0),
-    ("parallelism", "data_parallel_replicate_degree"): _DEGREE,
-    ("parallelism", "data_parallel_shard_degree"): ((lambda value: value == -1 or value >= 1), "at least 1, or -1"),
-    ("parallelism", "tensor_parallel_degree"): _DEGREE,
-    ("parallelism", "context_parallel_degree"): _DEGREE,
-    ("parallelism", "pipeline_parallel_degree"): _DEGREE,
-    ("parallelism", "expert_parallel_degree"): _DEGREE,
-}
-
-OPTIMIZER_RANGES = {
-    "lr": _POSITIVE,
-    "weight_decay": _at_least(0),
-    "eps": _POSITIVE,
-    "betas": (
-        (lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value)),
-        "two numbers from 0 to below 1",
-    ),
-}
-
-
-def check_ranges(config) -> None:
-    """Raise UserError for a setting of a ``Trainer.Config`` outside its range."""
-    for (table, key), (holds, allowed) in RANGES.items():
-        value = getattr(getattr(config, table), key, None)
-        if value is not None and not holds(value):
-            raise UserError(f"[{table}] {key} = {value!r}, but it must be {allowed}.", table=table, key=key)
-    for group in config.optimizer.param_groups:
-        for key, (holds, allowed) in OPTIMIZER_RANGES.items():
-            value = group.optimizer_kwargs.get(key)
-            if value is not None and not holds(value):
-                raise UserError(f"[optimizer] {key} = {value!r}, but it must be {allowed}.", table="optimizer", key=key)

@@ -1,7 +1,9 @@
 """Whether model, batch and parallel degrees fit together; asked before anything is built."""
 
 import math
+from types import SimpleNamespace
 
+from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part, _get_pipeline_metadata
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
 from nitp_titan.config import UserError
@@ -49,7 +51,8 @@ def _check_ranks(parallelism, world_size: int) -> None:
         shown = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
         raise UserError(
             f"[parallelism] needs {shown} = {product} ranks{'' if exact else ' or a multiple'}, "
-            f"but there are {world_size}."
+            f"but there are {world_size}.",
+            table="parallelism",
         )
 
 
@@ -161,6 +164,20 @@ def _check_stages(config) -> None:
         _refuse(
             "parallelism", "pipeline_parallel_degree", f"{stages} is more than the model's {len(model.layers)} layers."
         )
+    if parallelism.module_fqns_per_model_part is None:
+        _check_split(parallelism, model)
+
+
+def _check_split(parallelism, model) -> None:
+    """Ask TorchTitan how it would cut the layers into stages."""
+    try:
+        ranks = SimpleNamespace(pp=parallelism.pipeline_parallel_degree)
+        _generate_llm_fqn_per_model_part(*_get_pipeline_metadata(ranks, parallelism, model))
+    except ValueError as error:
+        said = str(error)
+        for name, end in (("input_weight", "first"), ("output_weight", "last")):
+            said = said.replace(name, f"pipeline_parallel_{end}_stage_less_layers")
+        raise UserError(f"[parallelism] {said}", table="parallelism", key="pipeline_parallel_degree") from None
 
 
 def _check_wrong_upstream(config) -> None:

@@ -112,9 +112,10 @@ class NITPLoss(ChunkedLoss):
         self.projector = projector
         self.weight = torch.zeros((), device=device)
         self.num_terms = torch.ones((), device=device)
-        # NTP and NITP parts of the last micro-batches, newest first. A shift register, not a
-        # sum: the metadata pass of the first pipeline step simply falls out at the end.
-        self.parts = torch.zeros(num_microbatches, 2, device=device)
+        # NTP part, NITP part and norm of the NITP part's gradient of h, of the last micro-batches, newest first.
+        # A shift register, not a sum: the metadata pass of the first pipeline step simply falls out at the end.
+        self.figures = torch.zeros(num_microbatches, 3, device=device)
+        self.parts = self.figures[:, :2]
 
     def set_step(self, *, weight: float, num_terms: Tensor) -> None:
         """Set the step's weight and the global number of terms that the objective averages."""
@@ -147,15 +148,15 @@ class NITPLoss(ChunkedLoss):
         with spmd.local(), spmd.no_typecheck():
             labelled_BL = local(labels) != IGNORE_INDEX
             if self.settings.objective == "cosine_regularizer":
-                total, value = self._regularizer(h_BLD, labelled_BL)
+                total, value, gradient = self._regularizer(h_BLD, labelled_BL)
             else:
                 target_BLD, valid_BL = target
-                total, value = self._nitp(h_BLD, target_BLD, valid_BL & labelled_BL, labels)
-            newest = torch.stack([local(ntp).detach().float(), value])
-            self.parts.copy_(torch.cat([newest[None], self.parts[:-1]]))
+                total, value, gradient = self._nitp(h_BLD, target_BLD, valid_BL & labelled_BL, labels)
+            newest = torch.stack([local(ntp).detach().float(), value, gradient])
+            self.figures.copy_(torch.cat([newest[None], self.figures[:-1]]))
             return ntp + _placed_as(ntp, total), metrics
 
-    def _nitp(self, h_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _nitp(self, h_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         show = self._projection_shower(labels)
 
         def term(h: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +192,7 @@ class NITPLoss(ChunkedLoss):
     def _projected(self, chunk: Tensor, h_BLD: Tensor) -> Tensor:
         return local(self.projector(_placed_as(h_BLD, chunk)))
 
-    def _regularizer(self, h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def _regularizer(self, h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             chunks = zip(*(x.chunk(self.settings.num_chunks, dim=1) for x in (local(h_BLD).detach(), valid_BL)))
             directions, counts = (sum(parts) for parts in zip(*(direction_sums(h, valid) for h, valid in chunks)))
@@ -210,11 +211,12 @@ class NITPLoss(ChunkedLoss):
         states: tuple[Tensor, ...],
         masks: tuple[Tensor, ...],
         before_last_backward: Callable[[], None],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Differentiate ``term`` chunk by chunk and hand the gradients to the states' graphs.
 
         Returns:
-            The weighted term, differentiable once, and its plain value; both this rank's share.
+            The weighted term, differentiable once, its plain value, and the norm of the weighted term's gradient of the
+            first state; all this rank's share.
         """
         num_chunks = self.settings.num_chunks
         learning = [state for state in states if state.requires_grad]
@@ -234,11 +236,12 @@ class NITPLoss(ChunkedLoss):
         # The loss value travels with the first state; TorchTitan's bridge ignores the gradient
         # that reaches it, so the weight is in the accumulated gradients already.
         shares = [self.weight * value] + [torch.zeros_like(value)] * (len(learning) - 1)
+        results = [gradient.result() for gradient in gradients]
         total = sum(
-            self._gradient_backprop(state, gradient.result().to(state.dtype), share, self.lm_head, False)
-            for state, gradient, share in zip(learning, gradients, shares)
+            self._gradient_backprop(state, result.to(state.dtype), share, self.lm_head, False)
+            for state, result, share in zip(learning, results, shares)
         )
-        return total, value
+        return total, value, torch.linalg.vector_norm(results[0])
 
 
 def _placed_as(reference: Tensor, part: Tensor) -> Tensor:

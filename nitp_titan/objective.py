@@ -48,10 +48,16 @@ def next_implicit_tokens(
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Direction of ``x``; a zero vector has none and gets zero, with zero gradient."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    nonzero = norm > 0
-    return torch.where(nonzero, x / torch.where(nonzero, norm, 1.0), 0.0)
+    """Direction of ``x``; a zero vector has none and gets zero, with zero gradient.
+
+    Squares of float32 overflow above 1e19 and vanish below 1e-19, so rows far from 1 are scaled by a power of two
+    first, which rounds nothing and leaves all others as they are, bit for bit. A vector below the smallest normal
+    number (1.2e-38) counts as zero: its gradient, one over its norm, would overflow.
+    """
+    size = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    scaled = x * torch.where(size > 2.0**60, 2.0**-80, torch.where(size < 2.0**-40, 2.0**80, 1.0))
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / torch.where(norm > 2.0 ** (80 - 126), norm, float("inf"))
 
 
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:

@@ -5,7 +5,10 @@ to exactly one of the two. Imports torch only when a config is built.
 """
 
 import dataclasses
+import difflib
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ from typing import Any
 import tomli
 import tomli_w
 
-from nitp_titan.config import nearest, UserError
+from nitp_titan.config import nearest, shown, UserError
 from nitp_titan.files import write_atomically
 
 PROJECT = Path(__file__).resolve().parent.parent
+_MAX_BYTES = 1_000_000
 
 # What is trained. Every other key says where and how, and belongs to a train config.
 RECIPE_KEYS: dict[str, set[str] | None] = {
@@ -27,6 +31,7 @@ RECIPE_KEYS: dict[str, set[str] | None] = {
     "optimizer": {"lr", "betas", "eps", "weight_decay", "param_groups"},
     "lr_scheduler": None,
     "training": {"seq_len", "global_batch_size", "steps", "max_norm"},
+    "guard": None,
     "debug": {"seed"},
 }
 REQUIRED_KEYS = [
@@ -51,11 +56,16 @@ class Settings:
     """Keys in the wrong kind of file; complained about once it is clear that they exist at all."""
 
     def add(self, table: str, key: str, value: Any, origin: Path) -> None:
+        if not table and key in RECIPE_KEYS:
+            raise UserError(f"{origin}: [{key}] must be a table, not {shown(value)}.")
         self.tables.setdefault(table, {})[key] = value
         self.origins[table, key] = origin
 
     def place(self, table: str | None, key: str | None = None) -> str:
         """``"file: "`` of a setting, or of its table, or nothing where no file set it."""
+        top, _, nested = (table or "").partition(".")
+        if nested:
+            return self.place(top, nested.partition(".")[0])
         if (table, key) in self.origins:
             return f"{self.origins[table, key]}: "
         files = [origin for (name, _), origin in self.origins.items() if name == table]
@@ -65,25 +75,37 @@ class Settings:
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file; UserError names the file, and the line of a mistake."""
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
+        return tomli.loads(_read_file(path).decode("utf-8"))
     except FileNotFoundError:
         siblings = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise UserError(f"{path} does not exist.{nearest(str(path), siblings)}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a TOML file.") from None
-    except PermissionError:
-        raise UserError(f"{path} cannot be read: permission denied.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start}.") from None
-    except tomli.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Not tomli's own: a number of thousands of digits, brackets that open thousands deep.
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
-def _is_recipe_key(table: str, key: str) -> bool:
+def _read_file(path: Path) -> bytes:
+    """Content of a regular file of a size that people write; a pipe or a device would be read for ever."""
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        what = "a folder" if kind == stat.S_IFDIR else "a pipe, socket or device"
+        raise UserError(f"{path} is {what}, not a TOML file.")
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path} is larger than {_MAX_BYTES:,} bytes: not a recipe or train config.")
+    return content
+
+
+def is_recipe_key(table: str, key: str) -> bool:
     return table in RECIPE_KEYS and (RECIPE_KEYS[table] is None or key in RECIPE_KEYS[table])
 
 
-def _entries(data: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def entries(data: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """(table, key, value) of a parsed file."""
     for name, content in data.items():
         if isinstance(content, dict):
@@ -92,21 +114,36 @@ def _entries(data: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
             yield "", name, content
 
 
+def _check_base(path: Path, base: Any) -> None:
+    """Raise UserError unless ``base`` is a recipe near ``path``: nobody's recipe reads files from anywhere."""
+    place = f"{path}: extends = {shown(base)}"
+    if not isinstance(base, str) or not base.endswith(".toml") or "\0" in base or Path(base).is_absolute():
+        raise UserError(f"{place}, but it must be the path of a recipe (.toml), from this one's folder.")
+    try:
+        found = (path.parent / base).resolve()
+    except (OSError, RuntimeError):
+        raise UserError(f"{place} goes round in a circle of links.") from None
+    if found == path.resolve():
+        raise UserError(f"{place}: a recipe cannot extend itself.")
+    folders = (path.parent.resolve().parent, PROJECT / "recipes")
+    if not any(found.is_relative_to(folder) for folder in folders):
+        raise UserError(f"{place} is outside of {folders[0]}, the folder above this recipe's, and of {folders[1]}.")
+
+
 def _read_into(settings: Settings, path: Path, kind: str, *, extends: bool = False) -> None:
     data = read_toml(path)
     base = data.pop("extends", None)
     if base is not None:
         if kind != "recipe" or not extends:
             reason = "a base recipe extends nothing (one level only)" if kind == "recipe" else "only recipes do"
-            raise UserError(f"{path}: extends = {base!r}: {reason}.")
-        if not isinstance(base, str):
-            raise UserError(f"{path}: extends = {base!r}, but it must be the path of a recipe, from this one's folder.")
+            raise UserError(f"{path}: extends = {shown(base)}: {reason}.")
+        _check_base(path, base)
         try:
             _read_into(settings, path.parent / base, kind)
         except UserError as error:
             raise UserError(f"{path}: extends = '{base}': {error}") from None
-    for table, key, value in _entries(data):
-        owner = "recipe" if _is_recipe_key(table, key) else "train config"
+    for table, key, value in entries(data):
+        owner = "recipe" if is_recipe_key(table, key) else "train config"
         if owner != kind:
             place = f"[{table}] {key}" if table else key
             settings.misplaced.append(
@@ -132,7 +169,7 @@ def read_settings(recipe: Path, train_config: Path | None) -> Settings:
         if train_config is not None:
             raise UserError(f"{recipe} is the resolved recipe of a run and needs no train config.")
         del head["resolved"]
-        for table, key, value in _entries(head):
+        for table, key, value in entries(head):
             settings.add(table, key, value, recipe)
         _check_complete(settings, recipe)
         return settings
@@ -172,10 +209,23 @@ def read_any(recipe: Path) -> Settings:
     return read_settings(recipe, None) if read_toml(recipe).get("resolved") is True else read_recipe(recipe)
 
 
+def _misspelt(settings: Settings, table: str, key: str) -> str:
+    """What a file has in place of a missing key, or of its table."""
+    if table in settings.tables:
+        written = {key: [name for name in settings.tables[table] if not is_recipe_key(table, name)]}
+    else:
+        unknown = [name for name in settings.tables.get("", {}) if not is_recipe_key("", name)]
+        written = {table: [name for name in settings.tables if name not in RECIPE_KEYS], "extends": unknown}
+    for word, names in written.items():
+        if found := difflib.get_close_matches(word, names, n=1):
+            return f" Did you mean '{word}' by '{found[0]}'?"
+    return ""
+
+
 def _check_complete(settings: Settings, recipe: Path) -> None:
     for table, key in REQUIRED_KEYS:
         if key not in settings.tables.get(table, {}):
-            raise UserError(f"{recipe}: [{table}] {key} is missing.")
+            raise UserError(f"{recipe}: [{table}] {key} is missing.{_misspelt(settings, table, key)}")
     optimizer = settings.tables.get("optimizer", {})
     if "lr" not in optimizer and "param_groups" not in optimizer:
         raise UserError(f"{recipe}: [optimizer] lr is missing.")
@@ -211,7 +261,8 @@ def find(name: str, folder: str) -> Path:
     """
     path = Path(name)
     if path.suffix == ".toml":
-        return path if path.exists() or not (PROJECT / path).exists() else PROJECT / path
+        # A link that leads nowhere is there: the project's file would not be the one that is meant.
+        return path if os.path.lexists(path) or not (PROJECT / path).exists() else PROJECT / path
     relative = Path(folder) / f"{name}.toml"
     return relative if relative.exists() else PROJECT / relative
 

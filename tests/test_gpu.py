@@ -10,6 +10,7 @@ import torch
 from helpers import gradient_norms, make_config
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 
+from nitp_titan.config import UserError
 from nitp_titan.cpu import DENSE_ATTENTION
 from nitp_titan.metrics_file import read_records
 
@@ -141,4 +142,21 @@ def test_the_step_never_waits_for_the_gpu(tmp_path):
         trainer.fwd_bwd_fn(inputs, labels, tokens, kwargs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    trainer.close()
+
+
+def test_a_bad_step_that_nobody_logs_is_found_one_step_later(tmp_path):
+    """Its figures are copied while the device goes on; see `Guard`."""
+    trainer = _config(tmp_path, metrics={"log_freq": 100}).build()
+    assert not trainer.guard.at_once
+    trainer.model_parts[0].nitp.projector.register_forward_hook(
+        lambda module, args, output: output * float("nan") if trainer.step == 2 else None
+    )
+    batches = trainer.batch_generator(trainer.dataloader)
+    for step in (1, 2):
+        trainer.step = step
+        trainer.train_step(batches)
+    trainer.step = 3
+    with pytest.raises(UserError, match="^step 2: the nitp loss of rank 0 is nan"):
+        trainer.train_step(batches)
     trainer.close()

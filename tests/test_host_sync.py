@@ -36,7 +36,8 @@ class _NoHostSync(TorchDispatchMode):
             index is not None and index.dtype == torch.bool for index in args[1]
         )
         leaves = function is torch.ops.aten._to_copy.default and kwargs.get("device") not in (None, args[0].device)
-        if function in _SYNCHRONISING or masked or leaves:
+        copies = function is torch.ops.aten.copy_.default and args[0].device != args[1].device and args[2:] != (True,)
+        if function in _SYNCHRONISING or masked or leaves or copies:
             raise HostSync(function)
         return function(*args, **kwargs)
 
@@ -126,3 +127,38 @@ def test_counters_stay_where_they_are_from_step_to_step(assets, tmp_path):
         seen.append([tensor.data_ptr() for tensor in (loss.parts, loss.weight, loss.num_terms)])
     trainer.close()
     assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.fixture
+def watched(assets, tmp_path):
+    """A trainer after two steps, the second of which nobody logs; its guard judges it later, as on a GPU."""
+    trainer = make_config(tmp_path, metrics={"log_freq": 100}, training={"steps": 3}).build()
+    trainer.guard.at_once = False
+    batches = trainer.batch_generator(trainer.dataloader)
+    for step in (1, 2):
+        trainer.step = step
+        trainer.train_step(batches)
+    yield trainer
+    trainer.close()
+
+
+def test_the_guard_asks_for_no_value_of_the_device_before_its_verdict(watched):
+    guard = watched.guard
+    with _NoHostSync():
+        guard.see(3, torch.ones(()), at_once=False)
+    assert guard._pending.step == 3
+    guard.verify()
+    assert guard._pending is None
+
+
+def test_the_figures_of_the_guard_stay_on_the_device(watched):
+    guard = watched.guard
+    for name in ("losses", "backward", "loss_figures"):
+        setattr(guard, name, getattr(guard, name).to(DEVICE))
+    guard.device, guard._shares = torch.device(DEVICE), None
+    guard.parameters = {"weight": torch.nn.Parameter(torch.ones(4, device=DEVICE))}
+    guard.parameters["weight"].grad = torch.ones(4, device=DEVICE)
+    with _NoHostSync():
+        assert guard.measure().device == torch.device(DEVICE)
+    with pytest.raises(HostSync), _NoHostSync():
+        guard.measure().isfinite().all().item()

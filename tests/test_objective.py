@@ -70,6 +70,71 @@ def test_a_zero_vector_costs_one_and_moves_nothing_under_cosine():
     assert total.item() == 1.0 and prediction.grad.abs().max().item() == 0.0
 
 
+def _cosine_loss_and_gradient(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Closed form in float64 for one pair of vectors; a vector below float32's normal numbers has no direction."""
+    x, y = prediction.double(), target.double()
+    if min(x.norm(), y.norm()) < torch.finfo(torch.float32).tiny:
+        return torch.ones((), dtype=torch.float64), torch.zeros_like(x)
+    u, v = x / x.norm(), y / y.norm()
+    return 1 - u @ v, -(v - (u @ v) * u) / x.norm()
+
+
+SIZES = [0.0, 1e-40, 2e-38, 1e-25, 1e-10, 1.0, 1e10, 1e25, 3e38]
+
+
+@pytest.mark.parametrize("target_size", SIZES)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_cosine_of_vectors_of_any_size_is_that_of_float64(target_size, mixed):
+    """In bfloat16, whose range is float32's; mixed: with one entry of another size in every vector."""
+    rows, targets = torch.randn(2, len(SIZES), 64, generator=torch.Generator().manual_seed(0))
+    rows, targets = (x / x.abs().amax(1, keepdim=True) for x in (rows, targets))
+    prediction = (rows * torch.tensor(SIZES)[:, None]).bfloat16()
+    target = (targets * target_size).bfloat16()
+    if mixed:
+        prediction[:, 3], target[:, 5] = 1e-3, 1e3
+    leaf = prediction.clone().requires_grad_()
+    total = objective.nitp_loss_sum(leaf[None], target[None], torch.ones(1, len(SIZES), dtype=torch.bool))
+    total.backward()
+    pairs = [_cosine_loss_and_gradient(*pair) for pair in zip(prediction, target)]
+    losses, gradients = (torch.stack(values) for values in zip(*pairs))
+    assert total.item() == pytest.approx(losses.sum().item(), rel=1e-6)
+    assert leaf.grad.isfinite().all()
+    for found, expected in zip(leaf.grad.double(), gradients):
+        # Rounded to bfloat16; what is smaller than that type's normal numbers is lost.
+        assert (found - expected).norm() <= 2.0**-8 * expected.norm() + 1e-37
+
+
+def _plain_unit(x: torch.Tensor) -> torch.Tensor:
+    """Without regard to sizes whose squares float32 cannot hold."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 0, x / torch.where(norm > 0, norm, 1.0), 0.0)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0, 1e4, 1e12])
+def test_ordinary_vectors_keep_every_bit_of_loss_and_gradient(monkeypatch, size):
+    vectors = torch.randn(2, 2, 16, 64, generator=torch.Generator().manual_seed(1)) * size
+    vectors[0, 0, 3] = 0.0
+    seen = []
+    for unit in (objective._unit, _plain_unit):
+        monkeypatch.setattr(objective, "_unit", unit)
+        prediction = vectors[0].clone().requires_grad_()
+        loss = objective.cosine_loss(prediction, vectors[1])
+        loss.sum().backward()
+        seen.append((loss.detach(), prediction.grad))
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*seen))
+    assert seen[0][1].abs().max() > 0
+
+
+def test_the_cosine_compiles_to_the_same_numbers():
+    rows = torch.tensor([[0.0] * 8, [3e38] * 8, [1e-30] * 8, [*map(float, range(8))]])[None].requires_grad_()
+    target = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2))
+    eager = objective.cosine_loss(rows, target)
+    compiled = torch.compile(objective.cosine_loss, backend="aot_eager", fullgraph=True)(rows, target)
+    torch.testing.assert_close(compiled, eager)
+    expected, found = (torch.autograd.grad(loss.sum(), rows)[0] for loss in (eager, compiled))
+    torch.testing.assert_close(found, expected)
+
+
 def test_only_valid_positions_count():
     prediction_BLD, target_BLD = torch.randn(2, 1, 6, 4)
     valid_BL = torch.tensor([[True, False, True, True, False, False]])
