@@ -38,6 +38,8 @@ _RECORD = {
     "cosine": f"geometry/{HIDDEN}/cosine",
 }
 _VALIDATION = {"ntp_loss": "validation_metrics/loss"}
+# Files with a line per validation.
+_OF_VALIDATION = ("validation", "probe")
 
 # The paper's Figure 1 and Figure 5 as one page of TensorBoard's custom scalars.
 _TENSORBOARD_LAYOUT = {
@@ -98,11 +100,15 @@ class NITPMetrics(MetricsProcessor):
             container.add_logger(local_logger)
         self.logger = container
 
-    def resume(self, step: int) -> None:
-        """Continue the metrics files after ``step``, the step that a checkpoint restored."""
+    def resume(self, step: int, last_validation: int) -> None:
+        """Continue the metrics files after ``step``, the step that a checkpoint restored.
+
+        Args:
+            last_validation: step up to which validations are kept; a later one will be done again.
+        """
         self._begun = True
         for file in self.files:
-            file.resume(step)
+            file.resume(last_validation if file.path.stem in _OF_VALIDATION else step)
         if self.console is not None and self.skipped_file.path.exists():
             self.num_skipped = len(read_records(self.skipped_file.path))
 
@@ -113,7 +119,7 @@ class NITPMetrics(MetricsProcessor):
     def log_skipped(self, step: int, reason: str) -> None:
         """Record that a step was left out, and why; its other metrics are not logged."""
         if not self._begun:
-            self.resume(0)
+            self.resume(0, last_validation=0)
         if self.console is not None:
             self.skipped_file.append({"step": step, "reason": reason})
             self.num_skipped += 1
@@ -138,7 +144,7 @@ class NITPMetrics(MetricsProcessor):
         """As `MetricsProcessor.log`; a collective, called by every rank at the same steps."""
         if not self._begun:
             # Whatever the files hold was logged by a start that came to no checkpoint: all of it runs again.
-            self.resume(0)
+            self.resume(0, last_validation=0)
         extra = dict(extra_metrics or {})
         extra["loss_metrics/ntp_loss"] = global_avg_loss
         if self.loss_parts is not None:

@@ -5,16 +5,18 @@ intervals, precision) may change from start to start.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
+import socket
 from dataclasses import dataclass, field
 from datetime import datetime, UTC
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import tomli
 
@@ -27,6 +29,7 @@ logger = logging.getLogger()
 _RESOLVED = "resolved.toml"
 _METRICS = "metrics.jsonl"
 _STARTS = "starts.jsonl"
+_LOCK = "run.lock"
 # Of [dataloader], how the data are read. All other keys decide what they are.
 _READING = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "streaming"}
 # What TorchTitan takes for a complete checkpoint.
@@ -55,10 +58,16 @@ class Start:
     """What the log says of it."""
 
     def settle(self) -> None:
-        """Set an older run aside. For rank 0 alone, once all ranks have looked; UserError if it cannot be done."""
+        """Set an older run aside. For rank 0 alone, once all ranks have looked.
+
+        Raises:
+            UserError: if that cannot be done, or another process trains in the folder.
+        """
+        _hold(self.folder)
         for path in self.set_aside:
             aside = set_aside(path)
             logger.warning(f"--overwrite: {path} is now {aside}")
+            (aside / _LOCK).unlink(missing_ok=True)
             for name in self.traces:
                 if (aside / name).is_dir():
                     path.mkdir(exist_ok=True)
@@ -94,6 +103,7 @@ class Start:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            _hold(self.folder)
             _append_line(self.folder / _STARTS, redact(json.dumps(line)))
             recipe.write_resolved(config, self.folder)
         except OSError as error:
@@ -249,6 +259,32 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [entry for entry in found if isinstance(entry, dict)]
+
+
+# Locks of this process; one is lost when its file is closed.
+_held: dict[Path, TextIO] = {}
+
+
+def _hold(folder: Path) -> None:
+    """Keep other processes out of a folder, if there is one, as long as this one lives.
+
+    torchrun that is killed leaves its ranks behind, which train on; they would write into the same checkpoints.
+    """
+    if not folder.is_dir():
+        return
+    file = (folder / _LOCK).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(f"{folder} is in use: {holder} trains there. End it first.") from None
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error.strerror}): start one run there at a time.")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _held[folder.resolve()] = file
 
 
 def _append_line(path: Path, text: str) -> None:

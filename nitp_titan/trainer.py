@@ -100,7 +100,7 @@ class NITPTrainer(Trainer):
             self._prepare_nitp()
         self.meter = self._meter() if config.geometry.enable else None
         self.guard = self._guard()
-        self.stopped = False
+        self.stopped = self._validates_again = False
         # On the CPU, so that agreeing on a stop keeps no device waiting.
         num_ranks = torch.distributed.get_world_size()
         self._stop_group = torch.distributed.new_group(backend="gloo") if num_ranks > 1 else None
@@ -245,6 +245,9 @@ class NITPTrainer(Trainer):
 
     def should_continue_training(self) -> bool:
         """As `Trainer.should_continue_training`; called once a step, and saves where training has to stop."""
+        if self._validates_again:
+            self._validates_again = False
+            self.validator.validate(self.model_parts, self.step)
         if not super().should_continue_training():
             return False
         self.stopped = self.stop.agreed()
@@ -264,7 +267,9 @@ class NITPTrainer(Trainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.ntokens_seen //= self._num_token_ranks
-        self.metrics_processor.resume(self.step)
+        # A step is saved before it is validated, and the run may have ended in between.
+        self._validates_again = self.config.validator.enable and self.validator.should_validate(self.step)
+        self.metrics_processor.resume(self.step, last_validation=self.step - self._validates_again)
 
 
 def count_terms(inputs: dict[str, Tensor], labels_BL: Tensor, settings: NITPConfig) -> Tensor:

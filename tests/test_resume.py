@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or none, and checked before a run goes on from them."""
 
 import dataclasses
+import json
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ from helpers import make_config, parameters, saved_run
 
 from nitp_titan.checkpoint import Checkpoint
 from nitp_titan.config import UserError
+from nitp_titan.metrics_file import read_records
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +179,24 @@ def test_a_run_that_ended_with_safetensors_says_so(copy):
     (last / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="step-5 is a Hugging Face model, .*last_save_in_hf = true: the run has ended"):
         _config(copy).build()
+
+
+def test_a_run_killed_between_a_checkpoint_and_its_validation_validates_again(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchtitan.trainer.time.sleep", lambda seconds: None)
+    validator = {"enable": True, "freq": 2, "steps": 2}
+    config = _config(tmp_path, validator=validator, training={"steps": 4}, resume=False)
+    trainer = config.build()
+    trainer.train()
+    trainer.close()
+    path = tmp_path / "validation.jsonl"
+    whole = read_records(path)
+    assert [record["step"] for record in whole] == [1, 2, 4]
+    for kept in (whole[:2], whole):
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        trainer = config.build()
+        trainer.train()
+        trainer.close()
+        assert read_records(path) == whole
 
 
 def test_data_can_begin_again_under_other_parts(copy):

@@ -1,8 +1,8 @@
 """Cross-entropy, perplexity and bits per byte of a text, packed exactly as in training.
 
-The model folder's tokenizer is read as TorchTitan reads it, `TextDataLoader` packs the documents, positions restart with
-every document and attention does not cross documents. Unlike in training the last, shorter sequence counts too, so that
-every document is there wholly and bits per byte are exact.
+The model folder's tokenizer is read as TorchTitan reads it, `TextDataLoader` packs the documents, positions restart
+with every document and attention does not cross documents. Unlike in training the last, shorter sequence counts too, so
+that every document is there wholly and bits per byte are exact.
 """
 
 import hashlib
