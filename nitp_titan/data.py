@@ -18,7 +18,7 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from nitp_titan.config import nearest, UserError
-from nitp_titan.hub import TOKENIZERS
+from nitp_titan.hub import TOKENIZERS, without_download_counts
 from nitp_titan.mixtures import MIXTURES, TextSource
 from nitp_titan.packing import Batch, Documents, PackedText, Stream
 
@@ -318,6 +318,7 @@ def _load(place: _Place):
     source, path = place.source, place.name
     is_local = source.dataset in _PATTERNS
     streaming = not is_local if source.streaming is None else source.streaming
+    without_download_counts()
     try:
         if is_local:
             files = local_files(path, source.dataset)

@@ -27,6 +27,13 @@ def hub_token() -> str | bool:
     return os.environ.get("HF_TOKEN") or False
 
 
+def without_download_counts() -> None:
+    """Keep `datasets` from telling a server that counts downloads of everything it opens, local files too."""
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
+
 def repository(name: str) -> str:
     """Repository ``owner/name`` of a registered tokenizer, or the name itself if it is one; else UserError."""
     if name in TOKENIZERS or name.count("/") == 1:

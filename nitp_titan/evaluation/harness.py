@@ -19,6 +19,7 @@ from nitp_titan.evaluation.models import LoadedModel
 from nitp_titan.evaluation.plan import Average, Plan, Row, Task
 from nitp_titan.evaluation.scores import ratio, Score
 from nitp_titan.evaluation.suites import Benchmark
+from nitp_titan.hub import without_download_counts
 from nitp_titan.pretrained import require
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _run(name: str, benchmark: Benchmark, limit: int | None, folder: Path | None
     from nitp_titan.evaluation.language_model import LanguageModel
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    without_download_counts()
     model = LanguageModel(loaded)
     try:
         task = manager(folder).load([name])["tasks"][name]

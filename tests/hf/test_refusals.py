@@ -77,7 +77,7 @@ def _cut_data(run: Path):
         (lambda run: (run / "checkpoint/step-3/.metadata").write_bytes(b"?"), "step-3/.metadata is damaged"),
         (lambda run: shutil.rmtree(run / "checkpoint"), "holds no complete checkpoint"),
         (lambda run: os.rename(run, run.parent / "runs"), "run is not a folder. Did you mean '"),
-        (_cut_data, "step-3 cannot be read: "),
+        (_cut_data, "step-3/__0_0.distcp has 1,000 bytes instead of "),
         (
             _other_recipe('flavor = "debug"', 'flavor = "150M"'),
             "'tok_embeddings.weight' is [4096, 96], but the model needs [32000, 768]",
