@@ -40,15 +40,20 @@ def __getattr__(name: str) -> Callable:
     if (name.startswith("__") and name.endswith("__")) or not recipe.find(name.partition("@")[0], "recipes").exists():
         raise AttributeError(name)
 
-    def config():
+    def build():
         # TorchTitan's entry point, which alone asks for this function, has no place for user errors.
         sys.excepthook = _say_user_error
         try:
-            return load(name)
+            config = load(name)
         except UserError as error:
             exit_with(error)
 
-    return config
+        from nitp_titan import preflight
+
+        preflight.install_log()
+        return config
+
+    return build
 
 
 def _say_user_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -24,6 +24,8 @@ from nitp_titan.packing import Batch, Documents, PackedText, Stream
 
 # Files of a folder. Plain *.json is left out: a folder of text often holds a manifest of that name.
 _PATTERNS = {"json": ("*.jsonl", "*.jsonl.gz", "*.json.gz"), "parquet": ("*.parquet",)}
+# Characters; a line without end must not fill the memory.
+_LONGEST_LINE = 100_000_000
 _SOURCE_KEYS = [field.name for field in dataclasses.fields(TextSource) if field.name != "weight"]
 _WORKER_KEYS = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
 
@@ -288,7 +290,7 @@ def _check_files(place: _Place) -> None:
     for file in files:
         try:
             document = first(file)
-        except (OSError, EOFError, ValueError, zlib.error):
+        except (OSError, EOFError, ValueError, RecursionError, zlib.error):
             document = None
         if not isinstance(document, dict):
             raise place.error("dataset_path", f": {file}, {what}.")
@@ -305,7 +307,7 @@ def local_files(path: str, kind: str = "json") -> list[str]:
 def _first_json(file: str) -> Any:
     opened = gzip.open if file.endswith(".gz") else open
     with opened(file, "rt", encoding="utf-8") as stream:
-        return json.loads(stream.readline())
+        return json.loads(stream.readline(_LONGEST_LINE))
 
 
 def _first_row(file: str) -> dict[str, Any] | None:

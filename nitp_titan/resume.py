@@ -1,5 +1,6 @@
 """Whether a run can go on from its own checkpoints; asked before anything is built."""
 
+import re
 from pathlib import Path
 
 from torchtitan.components.checkpointer.base import DATALOADER
@@ -44,10 +45,7 @@ def check_resume(config, spec: ModelSpec) -> None:
 
 def _step(folder: Path, load_step: int) -> Path | None:
     """Folder of the step that TorchTitan's checkpointer would take."""
-    complete = {int(path.parent.name.partition("-")[2]): path.parent for path in folder.glob("step-[0-9]*/.metadata")}
-    exported = {
-        int(path.parent.name.partition("-")[2]) for path in folder.glob("step-[0-9]*/model.safetensors.index.json")
-    }
+    complete, exported = (_steps(folder, last) for last in (".metadata", "model.safetensors.index.json"))
     if load_step != -1:
         if load_step not in complete:
             steps = ", ".join(map(str, sorted(complete))) or "none"
@@ -64,6 +62,12 @@ def _step(folder: Path, load_step: int) -> Path | None:
             "true: the run has ended. Train on in another dump_folder with [checkpoint] initial_load_path."
         )
     return complete.get(last)
+
+
+def _steps(folder: Path, last: str) -> dict[int, Path]:
+    """Folders of steps that hold the file that is written last."""
+    found = [path.parent for path in folder.glob(f"step-*/{last}") if re.fullmatch(r"step-\d+", path.parent.name)]
+    return {int(path.name.partition("-")[2]): path for path in found}
 
 
 def _check_data(checkpoint: Checkpoint, num_shards: int) -> None:

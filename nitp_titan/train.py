@@ -12,8 +12,9 @@ import os
 import re
 import sys
 
-from nitp_titan import recipe
-from nitp_titan.config import exit_with, OPTIMIZER_RANGES, UserError
+from nitp_titan import config_registry, recipe
+from nitp_titan.config import exit_with, UserError
+from nitp_titan.ranges import OPTIMIZER_RANGES
 
 # [optimizer] lr of a recipe is this flag of TorchTitan.
 _OPTIMIZER_FLAG = re.compile(rf"--optimizer\.({'|'.join(OPTIMIZER_RANGES)})\b")
@@ -44,7 +45,18 @@ def titan_arguments(argv: list[str]) -> list[str]:
     return ["--module", "nitp_titan", "--config", name, *flags]
 
 
+def _located(error: UserError, arguments: list[str]) -> UserError:
+    """The error with the file of its setting, which is not known where the setting is checked; a flag has none."""
+    flags = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in arguments[4:]]
+    section = error.table or error.key
+    if section is None or any(flag == section or flag.startswith(f"{section}.") for flag in flags):
+        return error
+    settings = recipe.read_settings(*config_registry.paths(arguments[3]))
+    return UserError(settings.place(error.table, error.key) + str(error))
+
+
 def main() -> None:
+    arguments: list[str] = []
     try:
         arguments = titan_arguments(sys.argv[1:])
         if "--help" in arguments or "-h" in arguments:
@@ -57,7 +69,7 @@ def main() -> None:
         sys.argv[1:] = arguments
         train.main()
     except UserError as error:
-        exit_with(error)
+        exit_with(_located(error, arguments))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _import_family(name: str) -> ModuleType:
         return import_module(f"{__name__}.{name}")
     try:
         found = name and find_spec(name) is not None
-    except (ModuleNotFoundError, ValueError):
+    except (ImportError, ValueError):
         found = False
     if not found:
         raise UserError(

@@ -1,0 +1,10 @@
+"""The entry point, each rank in a folder of its own: python tests/from_own_folder.py FOLDER [arguments]."""
+
+import os
+import sys
+
+from nitp_titan.train import main
+
+if __name__ == "__main__":
+    os.chdir(f"{sys.argv.pop(1)}/{os.environ['RANK']}")
+    main()

@@ -1,0 +1,53 @@
+"""What is checked before anything is built, and what is no mistake."""
+
+import json
+
+import pytest
+from helpers import make_config, train
+from torchtitan.config import OverrideConfig
+
+from nitp_titan.config import UserError
+from nitp_titan.data import TextDataLoader
+from nitp_titan.preflight import checkpoint_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nitp_titan.cpu.dense_flex_attn", "names no registered @override. Did you mean 'nitp_titan.cpu.dense_flex_at"),
+        ("no_such_module.function", "module 'no_such_module' could not be imported"),
+        ("function", "must be a 'module.function' path"),
+    ],
+)
+def test_an_override_that_does_not_exist_is_refused(assets, tmp_path, name, message):
+    config = make_config(tmp_path, override=OverrideConfig(imports=["nitp_titan.cpu.dense_flex_attention", name]))
+    with pytest.raises(UserError) as refused:
+        config.build()
+    assert str(refused.value).startswith("[override] imports: ") and message in str(refused.value)
+    assert not (tmp_path / "resolved.toml").exists()
+
+
+def test_the_room_for_a_checkpoint_is_what_the_run_saves(assets, tmp_path):
+    config = make_config(tmp_path, training={"steps": 3}, checkpoint={"interval": 2, "last_save_model_only": True})
+    spec = config.model_spec
+    parameters = 1_192_800
+    # A number and Adam's two moments.
+    assert checkpoint_bytes(config, spec) == 12 * parameters
+    config.training.dtype = "bfloat16"
+    assert checkpoint_bytes(config, spec) == 6 * parameters
+    config.training.dtype = "float32"
+    config.optimizer.implementation = "fused_opt_states_bf16"
+    assert checkpoint_bytes(config, spec) == 8 * parameters
+    # Only the last step is saved, and of it the model.
+    config.checkpoint.interval, config.checkpoint.export_dtype = 4, "bfloat16"
+    assert checkpoint_bytes(config, spec) == 2 * parameters
+
+
+def test_a_document_longer_than_the_sequence_is_no_mistake(assets, tmp_path):
+    text = "A sentence that goes on, and on, and on. " * 400
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    data = TextDataLoader.Config(dataset_path=str(tmp_path / "long.jsonl"))
+    config = make_config(tmp_path / "run", generated_data=False, dataloader=data, training={"steps": 2})
+    trainer = train(config)
+    assert len(trainer.tokenizer.encode(text)) > 2 * config.training.seq_len
+    assert trainer.step == 2 and trainer.ntokens_seen == 2 * 4 * 128
