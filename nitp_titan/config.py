@@ -42,7 +42,7 @@ def exit_with(error: UserError) -> NoReturn:
     does not meet is said after a while by the first rank of a node that did.
     """
     # It imports this module.
-    from nitp_titan.credentials import redact
+    from nitp_titan.run.credentials import redact
 
     # What TorchTitan and libraries say may have several lines.
     message = redact(" ".join(f"error: {error}".splitlines()))

@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Callable:
         except UserError as error:
             exit_with(error)
 
-        from nitp_titan import preflight
+        from nitp_titan.run import preflight
 
         preflight.install_log()
         return config

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nitp_titan import recipe, run_folder
+from nitp_titan import recipe
 from nitp_titan.config import UserError
 from nitp_titan.files import write_atomically
+from nitp_titan.run import run_folder
 
 _STAMP = "arm.json"
 

@@ -18,7 +18,7 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.config import ModelConfig, nearest, shown, UserError
-from nitp_titan.data import TextDataLoader
+from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.meter import ProbingValidator
 from nitp_titan.models import build_model_spec
 from nitp_titan.ranges import OPTIMIZER_RANGES

@@ -20,7 +20,10 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from nitp_titan import agreement, cpu, credentials, run_folder
+from nitp_titan import cpu
+from nitp_titan.checkpoint.initial_load import check_initial_load
+from nitp_titan.checkpoint.manager import NITPCheckpointManager
+from nitp_titan.checkpoint.resume import check_resume
 from nitp_titan.config import (
     Float8Config,
     GeometryConfig,
@@ -30,21 +33,20 @@ from nitp_titan.config import (
     NITPConfig,
     UserError,
 )
-from nitp_titan.data import check_sources
+from nitp_titan.data.loader import check_sources
 from nitp_titan.guard import Guard, StepSkipped
 from nitp_titan.hf.export import check_last_save
-from nitp_titan.initial_load import check_initial_load, NITPCheckpointManager
 from nitp_titan.layout import check_layout
 from nitp_titan.loss import ChunkedLoss, find_loss, NITPLoss
 from nitp_titan.lr_scheduler import WSDSchedulers
 from nitp_titan.meter import GeometryMeter, measured_states, ProbingValidator
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.objective import trained_positions
-from nitp_titan.preflight import check_run
 from nitp_titan.ranges import check_ranges
-from nitp_titan.restarts import use_fresh_store
-from nitp_titan.resume import check_resume
-from nitp_titan.stopping import STOPPED, StopSignal
+from nitp_titan.run import agreement, credentials, run_folder
+from nitp_titan.run.preflight import check_run
+from nitp_titan.run.restarts import use_fresh_store
+from nitp_titan.run.stopping import STOPPED, StopSignal
 from nitp_titan.variants import with_nitp
 
 

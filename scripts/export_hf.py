@@ -26,7 +26,7 @@ def main() -> None:
     # Imported once the arguments are right: TorchTitan takes seconds.
     logging.disable(logging.WARNING)
     from nitp_titan import cpu
-    from nitp_titan.checkpoint import Checkpoint
+    from nitp_titan.checkpoint.saved import Checkpoint
     from nitp_titan.hf.export import Export
 
     cpu.install()

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, Tokenizer, 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan.config import UserError
-from nitp_titan.data import _how_to_make
+from nitp_titan.data.loader import _how_to_make
 from nitp_titan.hub import repository, TOKENIZERS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -325,7 +325,7 @@ def saved(assets, tmp_path_factory):
     """A run of three steps with its checkpoints, and its Hugging Face model."""
     from helpers import saved_run
 
-    from nitp_titan.checkpoint import Checkpoint
+    from nitp_titan.checkpoint.saved import Checkpoint
     from nitp_titan.hf.export import Export
 
     folder = tmp_path_factory.mktemp("saved")

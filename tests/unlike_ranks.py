@@ -3,7 +3,8 @@
 import os
 import sys
 
-from nitp_titan import provenance, train
+from nitp_titan import train
+from nitp_titan.run import provenance
 
 if os.environ["RANK"] == "1":
     sys.argv += ["--training.steps", "7"]

@@ -175,7 +175,7 @@ def _states(folder: Path) -> dict[str, Any]:
     import torch
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from nitp_titan import dcp_files
+    from nitp_titan.checkpoint import dcp_files
 
     reader = dcp_files.reader(folder)
     entries = reader.metadata.state_dict_metadata

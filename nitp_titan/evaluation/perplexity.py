@@ -20,7 +20,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from tqdm import tqdm
 
 from nitp_titan.config import UserError
-from nitp_titan.data import check_dataset, TextDataLoader
+from nitp_titan.data.loader import check_dataset, TextDataLoader
 from nitp_titan.evaluation.models import LoadedModel, num_positions
 from nitp_titan.evaluation.plan import Plan, Row, Task
 from nitp_titan.evaluation.scores import ratio, Score

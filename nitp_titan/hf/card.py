@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nitp_titan import markdown
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.metrics_file import read_records
 
 _CITATION = """\

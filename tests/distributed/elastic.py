@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 tests/distributed/elastic.py FOLDER RUNS.json
 
 RUNS.json lists the parts of runs in order: ``name`` of the run, ``model``, ``steps`` up to which it trains,
-``layout`` (degrees, or null for rank 0 alone) and the free ``port`` of its process group. A run goes on in its own folder.
-Rank r appends ``[step, hash]`` of every sequence that it reads to ``<name>/sequences.<r>.jsonl``.
+``layout`` (degrees, or null for rank 0 alone) and the free ``port`` of its process group. A run goes on in its own
+folder. Rank r appends ``[step, hash]`` of every sequence that it reads to ``<name>/sequences.<r>.jsonl``.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from helpers import make_config
 from layouts import in_child
 from matrix import DEGREES, MODELS
 
-from nitp_titan.data import TextDataLoader
+from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.trainer import NITPTrainer
 
 GLOBAL_BATCH, NUM_SHARDS = 4, 2

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from processes import PROJECT
 
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.hf.export import Export
 
 # Longer than GPT-OSS's sliding window of 128.

@@ -13,7 +13,7 @@ from exported import export, load
 from processes import PROJECT
 from safetensors.torch import load_file
 
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.config import ModelConfig
 from nitp_titan.hf.export import Export, MAX_SHARD_SIZE
 from nitp_titan.metrics_file import read_records
@@ -119,7 +119,7 @@ def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path)
 _MEASURED = """
 import sys, threading
 from pathlib import Path
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.hf.export import Export
 
 def resident():

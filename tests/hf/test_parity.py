@@ -10,9 +10,9 @@ from helpers import IGNORE, saved_run
 from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.config import ModelConfig
-from nitp_titan.data import TextDataLoader
+from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.hf.export import Export
 from nitp_titan.metrics_file import read_records
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import make_config, parameters, saved_run
 
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.config import UserError
 from nitp_titan.metrics_file import read_records
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from processes import free_port, PROJECT
 
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.metrics_file import read_records
-from nitp_titan.stopping import STOPPED, STOPPED_FILE, StopSignal
+from nitp_titan.run.stopping import STOPPED, STOPPED_FILE, StopSignal
 
 NUM_STEPS = 60
 

@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 from test_mixtures import _documents, _loader, _texts, _uneven, _write
 
 from nitp_titan.config import UserError
-from nitp_titan.data import check_dataset, TextDataLoader
-from nitp_titan.mixtures import TextSource
+from nitp_titan.data.loader import check_dataset, TextDataLoader
+from nitp_titan.data.mixtures import TextSource
 
 GLOBAL_BATCH = 12
 RANKS = (1, 2, 3, 4)

@@ -1,15 +1,15 @@
 """Whether a run can go on from its own checkpoints; asked before anything is built."""
 
-import re
 from pathlib import Path
 
 from torchtitan.components.checkpointer.base import DATALOADER
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.filesystem import is_remote
 
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint.saved import Checkpoint
+from nitp_titan.checkpoint.steps import complete_steps, INDEX, METADATA
 from nitp_titan.config import UserError
-from nitp_titan.data import TextDataLoader
+from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.hf.export import meta_tensors
 
 
@@ -45,7 +45,7 @@ def check_resume(config, spec: ModelSpec) -> None:
 
 def _step(folder: Path, load_step: int) -> Path | None:
     """Folder of the step that TorchTitan's checkpointer would take."""
-    complete, exported = (_steps(folder, last) for last in (".metadata", "model.safetensors.index.json"))
+    complete, exported = complete_steps(folder, [METADATA]), complete_steps(folder, [INDEX])
     if load_step != -1:
         if load_step not in complete:
             steps = ", ".join(map(str, sorted(complete))) or "none"
@@ -62,12 +62,6 @@ def _step(folder: Path, load_step: int) -> Path | None:
             "true: the run has ended. Train on in another dump_folder with [checkpoint] initial_load_path."
         )
     return complete.get(last)
-
-
-def _steps(folder: Path, last: str) -> dict[int, Path]:
-    """Folders of steps that hold the file that is written last."""
-    found = [path.parent for path in folder.glob(f"step-*/{last}") if re.fullmatch(r"step-\d+", path.parent.name)]
-    return {int(path.name.partition("-")[2]): path for path in found}
 
 
 def _check_data(checkpoint: Checkpoint, num_shards: int) -> None:

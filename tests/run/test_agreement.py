@@ -6,8 +6,8 @@ import time
 import pytest
 from helpers import make_config
 
-from nitp_titan import agreement, provenance
-from nitp_titan.run_folder import find_start
+from nitp_titan.run import agreement, provenance
+from nitp_titan.run.run_folder import find_start
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from nitp_titan import dcp_files
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint import dcp_files
+from nitp_titan.checkpoint.initial_load import check_initial_load
+from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.config import UserError
 from nitp_titan.hf.export import Export
-from nitp_titan.initial_load import check_initial_load
 from nitp_titan.trainer import model_spec_with_nitp
 
 SETTINGS = {"generated_data": False, "training": {"seq_len": 128, "local_batch_size": 2, "global_batch_size": 2}}

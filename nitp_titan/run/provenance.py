@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from nitp_titan import recipe
-from nitp_titan.credentials import redact
+from nitp_titan.run.credentials import redact
 
 _PACKAGES = ("torch", "torchtitan", "torchao", "torchdata", "datasets", "tokenizers", "nitp-titan")
 _GIT_TIMEOUT = 5  # seconds
@@ -36,7 +36,7 @@ def versions() -> dict[str, str | None]:
 @cache
 def code_hash() -> str:
     """sha256 over all Python files of this package and their names."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()

@@ -13,7 +13,7 @@ from helpers import make_config, parameters, saved_run, with_expert_bias, withou
 from safetensors.torch import load_file, save_file
 from torchtitan.components.optimizer import default_adamw
 
-from nitp_titan.checkpoint import Checkpoint
+from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.config import ModelConfig, UserError
 from nitp_titan.hf.export import Export
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nitp_titan import provenance, run_folder
 from nitp_titan.config import UserError
-from nitp_titan.data import local_files, TextDataLoader
+from nitp_titan.data.loader import local_files, TextDataLoader
+from nitp_titan.data.mixtures import MIXTURES
 from nitp_titan.files import sha256
-from nitp_titan.mixtures import MIXTURES
+from nitp_titan.run import provenance, run_folder
 
 _DIGITS = 12
 

@@ -10,10 +10,11 @@ import sys
 import pytest
 from helpers import make_config
 
-from nitp_titan import provenance, recipe, run_folder, schema
+from nitp_titan import recipe, schema
 from nitp_titan.config import UserError
-from nitp_titan.data import TextDataLoader
-from nitp_titan.run_folder import find_start, read_starts, Start
+from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.run import provenance, run_folder
+from nitp_titan.run.run_folder import find_start, read_starts, Start
 
 CHECKPOINT = {"checkpoint": {"enable": True}}
 
@@ -254,14 +255,14 @@ def test_the_code_hash_is_that_of_all_files_of_the_package(monkeypatch, tmp_path
     (copy / "models").mkdir(parents=True)
     (copy / "models/a.py").write_text("x = 1\n")
     (copy / "provenance.py").write_text("")
-    monkeypatch.setattr(provenance, "__file__", str(copy / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(copy / "run/provenance.py"))
     digest = hashlib.sha256(b"models/a.py\x006\x00x = 1\nprovenance.py\x000\x00").hexdigest()
     assert provenance.code_hash.__wrapped__() == digest
     assert provenance.code_hash() != digest and os.environ["RANK"] == "0"
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
-    code = "import sys; from pathlib import Path; from nitp_titan.run_folder import Start; import time\n"
+    code = "import sys; from pathlib import Path; from nitp_titan.run.run_folder import Start; import time\n"
     code += "Start(Path(sys.argv[1])).settle(); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import socket
 from dataclasses import dataclass, field
 from datetime import datetime, UTC
@@ -20,9 +19,11 @@ from typing import Any, TextIO
 
 import tomli
 
-from nitp_titan import provenance, recipe
+from nitp_titan import recipe
+from nitp_titan.checkpoint.steps import complete_steps
 from nitp_titan.config import UserError
-from nitp_titan.credentials import redact
+from nitp_titan.run import provenance
+from nitp_titan.run.credentials import redact
 
 logger = logging.getLogger()
 
@@ -32,8 +33,6 @@ _STARTS = "starts.jsonl"
 _LOCK = "run.lock"
 # Of [dataloader], how the data are read. All other keys decide what they are.
 _READING = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "streaming"}
-# What TorchTitan takes for a complete checkpoint.
-_COMPLETE = (".metadata", "model.safetensors.index.json")
 # TorchTitan's, whose files have the time in their names.
 _TRACES = "structured_logs"
 
@@ -128,7 +127,7 @@ def find_start(config) -> Start:
         raise UserError(f"dump_folder = '{folder}' is a file.", table="", key="dump_folder")
     # A remote folder of checkpoints is TorchTitan's to look into.
     checkpoints = None if "://" in config.checkpoint.folder else folder / config.checkpoint.folder
-    steps = _steps(checkpoints)
+    steps = [] if checkpoints is None else list(complete_steps(checkpoints))
     if not (steps or (folder / _RESOLVED).exists() or (folder / _METRICS).exists()):
         return Start(folder, message="--resume: there is no run yet, a new one starts" if config.resume else "")
 
@@ -316,14 +315,6 @@ def _with_defaults(tables: Tables, config) -> Tables:
         plain = {key: "none" if value is None else value for key, value in defaults.items()}
         filled[name] = plain | tables.get(name, {})
     return filled
-
-
-def _steps(checkpoints: Path | None) -> list[int]:
-    """Steps of the complete checkpoints."""
-    if checkpoints is None or not checkpoints.is_dir():
-        return []
-    folders = [path for path in checkpoints.iterdir() if re.fullmatch(r"step-\d+", path.name)]
-    return [int(path.name[5:]) for path in folders if any((path / name).is_file() for name in _COMPLETE)]
 
 
 def _places(folder: Path, checkpoints: Path | None) -> list[Path]:

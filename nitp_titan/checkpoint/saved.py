@@ -1,6 +1,5 @@
 """A checkpoint of a run (DCP) on disk: where it is, what it holds, and its tensors a few at a time."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nitp_titan import dcp_files, recipe
+from nitp_titan import recipe
+from nitp_titan.checkpoint import dcp_files
+from nitp_titan.checkpoint.steps import complete_steps, METADATA
 from nitp_titan.config import nearest, UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX
 
-_METADATA = ".metadata"
 _RESOLVED = "resolved.toml"
 # What a trainer saves beside its model, each name before a dot.
 _OTHER_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
@@ -88,14 +88,13 @@ def _step_folder(path: Path) -> Path:
     if not path.is_dir():
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"{path} is not a folder.{nearest(str(path), siblings)}")
-    if (path / _METADATA).is_file():
+    if (path / METADATA).is_file():
         return path
     if any(path.glob("*.distcp")):
-        raise UserError(f"{path} has no {_METADATA}: its writing was interrupted. Take an earlier checkpoint.")
-    found = [folder.parent for pattern in ("step-*", "*/step-*") for folder in path.glob(f"{pattern}/{_METADATA}")]
-    steps = [folder for folder in found if re.fullmatch(r"step-\d+", folder.name)]
+        raise UserError(f"{path} has no {METADATA}: its writing was interrupted. Take an earlier checkpoint.")
+    steps = {step: at for folder in (path, *path.glob("*/")) for step, at in complete_steps(folder, [METADATA]).items()}
     if not steps:
         in_hf = any(path.glob("*.safetensors")) or any(path.glob("**/step-*/*.safetensors"))
         reason = " It holds safetensors: a checkpoint saved with last_save_in_hf is exported already." if in_hf else ""
-        raise UserError(f"{path} holds no complete checkpoint (a folder step-N with {_METADATA}).{reason}")
-    return max(steps, key=lambda folder: int(folder.name.rpartition("-")[2]))
+        raise UserError(f"{path} holds no complete checkpoint (a folder step-N with {METADATA}).{reason}")
+    return steps[max(steps)]

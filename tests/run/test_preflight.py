@@ -7,8 +7,8 @@ from helpers import make_config, train
 from torchtitan.config import OverrideConfig
 
 from nitp_titan.config import UserError
-from nitp_titan.data import TextDataLoader
-from nitp_titan.preflight import checkpoint_bytes
+from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.run.preflight import checkpoint_bytes
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 from helpers import make_config
 
-from nitp_titan import provenance
 from nitp_titan.config import exit_with, UserError
-from nitp_titan.credentials import redact
-from nitp_titan.data import TextDataLoader
-from nitp_titan.mixtures import TextSource
+from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.data.mixtures import TextSource
+from nitp_titan.run import provenance
+from nitp_titan.run.credentials import redact
 
 SECRET = "hf_0123456789abcdef"
 

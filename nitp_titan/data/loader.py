@@ -18,9 +18,9 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from nitp_titan.config import nearest, UserError
+from nitp_titan.data.mixtures import MIXTURES, TextSource
+from nitp_titan.data.packing import Batch, Documents, PackedText, Stream
 from nitp_titan.hub import TOKENIZERS, without_download_counts
-from nitp_titan.mixtures import MIXTURES, TextSource
-from nitp_titan.packing import Batch, Documents, PackedText, Stream
 
 # Files of a folder. Plain *.json is left out: a folder of text often holds a manifest of that name.
 _PATTERNS = {"json": ("*.jsonl", "*.jsonl.gz", "*.json.gz"), "parquet": ("*.parquet",)}
@@ -57,7 +57,7 @@ class TextDataLoader(ParallelAwareDataloader):
         files no."""
 
         mixture: str | None = None
-        """Name of a registered mixture (nitp_titan/mixtures.py) instead of one source."""
+        """Name of a registered mixture (nitp_titan/data/mixtures.py) instead of one source."""
 
         sources: list[TextSource] = field(default_factory=list)
         """Sources of a mixture with their weights, instead of one source."""

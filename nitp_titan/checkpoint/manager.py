@@ -1,0 +1,170 @@
+"""TorchTitan's checkpoints, whole or none: what is half-written or half-deleted is no checkpoint."""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZER, purge_thread
+from torchtitan.tools.filesystem import is_remote
+from torchtitan.tools.logging import logger
+
+from nitp_titan.checkpoint import dcp_files
+from nitp_titan.checkpoint.steps import METADATA, unfinished_steps
+from nitp_titan.config import UserError
+
+
+class NITPCheckpointManager(CheckpointManager):
+    """TorchTitan's checkpoints; an initial checkpoint may lack the projector, which then stays as initialised."""
+
+    before_save: Callable[[int], None] | None = None
+    """Called with the step before anything is written; raises if the states are not fit to be kept."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CheckpointManager.Config):
+        def __post_init__(self) -> None:
+            if self.initial_load_path and not is_remote(self.initial_load_path):
+                # TorchTitan takes absolute paths only.
+                self.initial_load_path = os.path.abspath(self.initial_load_path.strip())
+            CheckpointManager.Config.__post_init__(self)
+
+    def __init__(self, config: Config, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        self._saved_step: int | None = None
+        if not config.enable or is_remote(self.folder):
+            return
+        if self.purge_thread is not None:
+            # The same thread with our way to delete.
+            self.purge_queue.put(None)
+            self.purge_thread.join()
+            arguments = (self.purge_queue, _remove_checkpoint)
+            self.purge_thread = threading.Thread(target=purge_thread, args=arguments, daemon=True)
+            self.purge_thread.start()
+
+    def _load(self, step: int = -1) -> bool:
+        if not self.load_only and not is_remote(self.folder):
+            # What was not written to its end would count as one of `keep_latest_k`, and its files stay behind when
+            # fewer ranks write the step again.
+            if dist.get_rank() == 0:
+                for folder in unfinished_steps(Path(self.folder)):
+                    logger.warning(f"{folder} was not written to its end and is removed.")
+                    shutil.rmtree(folder)
+            dist.barrier()
+        return super()._load(step)
+
+    def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        if self.before_save is not None and self._should_save(curr_step, last_step):
+            self.before_save(curr_step)
+        saved = super()._save(curr_step, last_step)
+        if saved:
+            self._saved_step = curr_step
+        return saved
+
+    def last_checkpoint(self) -> str | None:
+        """Path of the latest checkpoint that is whole, once the one that is being written is; None if there is none."""
+        if not self.enable:
+            return None
+        self.maybe_wait_for_saving()
+        step = self._find_load_step()
+        return None if step < 0 else self._create_checkpoint_id(step)
+
+    def save_now(self, step: int) -> None:
+        """Save a step whatever the interval, if it is not saved yet, and wait for it."""
+        if not self.enable or self.load_only or step == self._saved_step:
+            return
+        interval, self.interval = self.interval, 1
+        self.save(step)
+        self.interval = interval
+        self.maybe_wait_for_saving()
+
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any):
+        """As `CheckpointManager.dcp_save`; a step that is written again is no checkpoint meanwhile.
+
+        Raises:
+            UserError: if the disk is full, or cannot be written for another reason.
+        """
+        if not is_remote(checkpoint_id):
+            if dist.get_rank() == 0:
+                _invalidate(Path(checkpoint_id))
+            dist.barrier()
+        with _one_line(checkpoint_id):
+            return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
+
+    def _wait_for_saving(self) -> None:
+        with _one_line(self.folder):
+            super()._wait_for_saving()
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """As `CheckpointManager.dcp_load`, through `dcp_files`.
+
+        Of an initial checkpoint parts may be missing; `check_initial_load` has seen to it that only the projector is.
+        """
+        if from_hf:
+            return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+        reader = dcp_files.reader(checkpoint_id)
+        reader.check_files()
+        initial = checkpoint_id == self.initial_load_path and not is_remote(checkpoint_id)
+        settings = [_settings(optimizer) for optimizer in self.states[OPTIMIZER]]
+        dcp_files.load(state_dict, reader, allow_partial=initial)
+        self.states[MODEL].load_state_dict(state_dict)
+        if not initial:
+            return
+        if OPTIMIZER in state_dict:
+            # Betas, weight decay and the like are the recipe's; the checkpoint gives the states.
+            for optimizer, groups in zip(self.states[OPTIMIZER], settings):
+                for group, wanted in zip(optimizer.param_groups, groups):
+                    group.update(wanted)
+            saved = reader.metadata.state_dict_metadata
+            _start_afresh(self.states[OPTIMIZER], [name for name in saved if name.startswith(f"{OPTIMIZER}.state.")])
+        if LR_SCHEDULER in state_dict:
+            # The recipe's learning rate at the checkpoint's step.
+            for scheduler in self.states[LR_SCHEDULER].schedulers:
+                for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
+                    group["lr"] = lr
+
+
+def _invalidate(step: Path) -> None:
+    (step / METADATA).unlink(missing_ok=True)
+
+
+def _remove_checkpoint(step: str) -> None:
+    """Delete a checkpoint, whose files may go in any order, so that no part of it counts as one."""
+    _invalidate(Path(step))
+    shutil.rmtree(step)
+
+
+@contextmanager
+def _one_line(place: str) -> Iterator[None]:
+    """A failed write as one line with its reason."""
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
+        rank, (reason, _) = next(iter(failures.items()))
+        raise UserError(
+            f"{place} could not be written by rank {rank}: {reason}. Earlier checkpoints are whole."
+        ) from error
+
+
+def _settings(optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _start_afresh(optimizers, saved: Sequence[str]) -> None:
+    """Reset the optimizer state of parameters that the checkpoint does not have.
+
+    TorchTitan makes room for a state by a step without gradients, which Adam counts.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"]):
+                if not any(key.startswith(f"{OPTIMIZER}.state.{name}.") for key in saved):
+                    for value in optimizer.state[parameter].values():
+                        value.zero_()

@@ -1,0 +1,1 @@
+"""Text data: sources, mixtures, packing and the loader."""
