@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
+import spmd_types as spmd
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
@@ -119,7 +120,8 @@ class Guard:
     def _watch_backward(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         """A bad number in a rank's backward pass comes out here, before gradients are summed over ranks."""
         if output.requires_grad:
-            output.register_hook(lambda gradient: self._add_backward(local(gradient)))
+            with spmd.no_typecheck():
+                output.register_hook(lambda gradient: self._add_backward(local(gradient)))
 
     @torch.no_grad()
     def _add_backward(self, gradient: Tensor) -> None:

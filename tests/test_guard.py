@@ -207,6 +207,7 @@ def deterministic():
 
 @pytest.mark.parametrize("recipe", ["debug/nitp_debug", "debug/nitp_moe_debug"])
 def test_a_skipped_step_leaves_out_its_update_and_nothing_else(assets, tmp_path, caplog, deterministic, recipe):
+    caplog.set_level("INFO")
     # While the learning rate rises, each step has its own.
     sections = {"recipe": recipe, "lr_scheduler": {"warmup_steps": 4}}
     sections["geometry"] = {"enable": True, "interval": 2, "num_pairs": 8}

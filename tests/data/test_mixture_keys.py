@@ -37,13 +37,22 @@ def test_a_wrong_source_is_named(options, message):
         check_dataset(TextDataLoader.Config(**options), "t")
 
 
+def _zipped(content: bytes) -> bytes:
+    """The same bytes at any time, which name the test."""
+    return gzip.compress(content, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("x.parquet", b"no table", "x.parquet, there is no first row"),
         ("x.jsonl.gz", b"not gzipped", "x.jsonl.gz, line 1 is not a JSON object"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "cut off"}', mtime=0)[:-12], "x.jsonl.gz, line 1 is not a JSON object"),
-        ("x.jsonl.gz", gzip.compress(b'{"txt": ""}', mtime=0), "a document of .*x.jsonl.gz, line 1 .* Did you mean 'txt'"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(b'{"txt": ""}', mtime=0),
+            "a document of .*x.jsonl.gz, line 1 .* Did you mean 'txt'",
+        ),
     ],
 )
 def test_a_wrong_file_of_a_mixture_is_named(tmp_path, monkeypatch, name, content, message):

@@ -3,8 +3,9 @@
     torchrun --nproc_per_node 2 tests/distributed/elastic.py FOLDER RUNS.json
 
 RUNS.json lists the parts of runs in order: ``name`` of the run, ``model``, ``steps`` up to which it trains,
-``layout`` (degrees, or null for rank 0 alone) and the free ``port`` of its process group. A run goes on in its own
-folder. Rank r appends ``[step, hash]`` of every sequence that it reads to ``<name>/sequences.<r>.jsonl``.
+(0: only a seed checkpoint is made), ``layout`` (degrees, or null for rank 0 alone) and the free ``port`` of its process
+group. A run goes on in its own folder. Rank r appends ``[step, hash]`` of every sequence that it reads to
+``<name>/sequences.<r>.jsonl``.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from helpers import make_config
-from layouts import in_child
+from layouts import in_child, make_seed
 from matrix import DEGREES, MODELS
 
 from nitp_titan.data.loader import TextDataLoader
@@ -51,6 +52,9 @@ class Recorded(TextDataLoader):
 
 
 def train(folder: Path, part: dict) -> dict:
+    if part["steps"] == 0:
+        make_seed(folder, part["model"])
+        return {}
     run = folder / part["name"]
     degrees = {DEGREES[key]: value for key, value in (part["layout"] or {}).items()}
     data_ranks = (part["layout"] or {}).get("shard", 1)
@@ -67,7 +71,13 @@ def train(folder: Path, part: dict) -> dict:
         },
         lr_scheduler={"total_steps": 6},
         parallelism=degrees,
-        checkpoint={"enable": True, "interval": 100, "last_save_model_only": False, "keep_latest_k": 0},
+        checkpoint={
+            "enable": True,
+            "interval": 100,
+            "last_save_model_only": False,
+            "keep_latest_k": 0,
+            "initial_load_path": str(folder / "seeds" / part["model"] / "checkpoint/step-0"),
+        },
         validator={"enable": False},
         resume=True,
     )

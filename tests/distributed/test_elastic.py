@@ -10,24 +10,19 @@ from processes import free_port, torchrun
 from nitp_titan.metrics_file import read_records
 
 STEPS = 6
-# Layouts of the first and of the second half of the steps; None is one rank.
-FSDP, TP, CP, PP = {"shard": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}
+FSDP, TP, CP, PP, EP = {"shard": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}, {"shard": 2, "ep": 2}
+# Layouts in which a run trains one equal part of its steps after the other; None is one rank.
 RUNS = {
     "dense/one": [None],
-    "dense/one to FSDP 2": [None, FSDP],
-    "dense/FSDP 2 to one": [FSDP, None],
-    "dense/FSDP 2 to TP 2": [FSDP, TP],
-    "dense/TP 2 to PP 2": [TP, PP],
-    "dense/PP 2 to CP 2": [PP, CP],
+    "dense/one, FSDP 2, TP 2, PP 2, CP 2, one": [None, FSDP, TP, PP, CP, None],
     "moe/one": [None],
-    "moe/EP 1 to EP 2": [FSDP, {"shard": 2, "ep": 2}],
-    "moe/EP 2 to one": [{"shard": 2, "ep": 2}, None],
+    "moe/FSDP 2, FSDP 2 x EP 2, one": [FSDP, EP, None],
 }
 MOVES = [name for name, layouts in RUNS.items() if len(layouts) > 1]
 
 
 def _parts() -> list[dict]:
-    return [
+    runs = [
         {
             "name": name,
             "model": name.partition("/")[0],
@@ -38,6 +33,9 @@ def _parts() -> list[dict]:
         for name, layouts in RUNS.items()
         for index, layout in enumerate(layouts)
     ]
+    # Every layout draws other initial weights, so all runs start from a seed checkpoint.
+    seeds = [{"name": f"seeds/{model}", "model": model, "steps": 0, "port": free_port()} for model in ("dense", "moe")]
+    return [{**seed, "layout": None} for seed in seeds] + runs
 
 
 @pytest.fixture(scope="module")
