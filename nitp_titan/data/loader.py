@@ -16,6 +16,7 @@ import torch
 from datasets import load_dataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
 
 from nitp_titan.config import nearest, UserError
 from nitp_titan.data.mixtures import MIXTURES, TextSource
@@ -84,6 +85,11 @@ class TextDataLoader(ParallelAwareDataloader):
         **kwargs,
     ):
         check_dataset(config)
+        if config.infinite and config.num_shards % dp_world_size:
+            logger.warning(
+                f"[dataloader] num_shards = {config.num_shards} is no multiple of {dp_world_size} data-parallel ranks: "
+                "each of them also reads and tokenizes what others train."
+            )
         places = _places(config, "dataloader")
         opened = [_load(place) for place in places]
 

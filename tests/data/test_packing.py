@@ -126,6 +126,19 @@ def test_a_rank_reads_its_own_parts_only_where_ranks_divide_them(tmp_path):
     assert read[4, 6] == [[0, 2, 4], [1, 3, 5]] * 2
 
 
+def test_ranks_that_read_what_others_train_are_told(tmp_path, caplog):
+    caplog.set_level("WARNING")
+    path = _write(tmp_path / "a", _documents("a", 24))
+    for ranks, shards in ((1, 1), (2, 4), (4, 4)):
+        _World(ranks, dataset_path=path, num_shards=shards)
+    assert not caplog.messages
+    _World(3, dataset_path=path, num_shards=4)
+    assert set(caplog.messages) == {
+        "[dataloader] num_shards = 4 is no multiple of 3 data-parallel ranks: each of them also reads and tokenizes "
+        "what others train."
+    }
+
+
 @pytest.mark.parametrize("count", [24, 25, 26, 27])
 def test_finite_data_ends_on_all_ranks_at_the_same_batch(tmp_path, count):
     """Nothing is left out, and the rows that fill up a rank's last batch have no label."""
