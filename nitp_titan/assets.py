@@ -151,12 +151,8 @@ def prepare_stdlib_assets(folder: Path, vocab_size: int = VOCAB_SIZE) -> dict:
         whether anything was written.
     """
     version = {"format": _FORMAT, "python": sys.version, "vocab_size": vocab_size}
-    manifest_path = folder / "manifest.json"
-    if manifest_path.is_file():
-        manifest = json.loads(manifest_path.read_text())
-        if {key: manifest.get(key) for key in version} == version:
-            return {**manifest, "new": False}
-
+    if found := _manifest(folder, version):
+        return {**found, "new": False}
     documents = stdlib_documents()
     splits = {
         "train": [doc for doc in documents if not is_validation(doc["name"])],
@@ -181,9 +177,18 @@ def prepare_stdlib_assets(folder: Path, vocab_size: int = VOCAB_SIZE) -> dict:
         }
         (draft / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
         (draft / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        # Another process may have been at it, and others read its files already.
+        if not _manifest(folder, version):
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
     return {**manifest, "new": True}
+
+
+def _manifest(folder: Path, version: dict) -> dict | None:
+    """The manifest of a folder, if it is of this version."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.is_file() else {}
+    return manifest if {key: manifest.get(key) for key in version} == version else None
 
 
 if __name__ == "__main__":
