@@ -6,8 +6,8 @@ R is a recipe (what is trained; scripts/recipe.py lists them), C a train config 
 train_configs/gpu.toml where there is a GPU, else train_configs/cpu.toml). Flags override both: --nitp.weight 0.8,
 --optimizer.lr 1e-3, --training.steps 100, and every other flag of TorchTitan. --help lists them.
 
-The same command goes on with a run that was stopped. --resume goes on with one whose recipe has changed since, --overwrite
-sets it aside and starts anew. Exit status 75: the run was told to stop (SIGTERM), has saved, and can go on.
+The same command goes on with a run that was stopped. --resume goes on with one whose recipe has changed since,
+--overwrite sets it aside and starts anew. Exit status 75: the run was told to stop (SIGTERM), has saved, and can go on.
 """
 
 import argparse
