@@ -3,6 +3,7 @@
 Shard by shard: at any time the memory holds one shard and the tensor that is being converted.
 """
 
+import filecmp
 import json
 import os
 import shutil
@@ -135,7 +136,7 @@ class Export:
         """Write the model into a new folder, which appears once it is complete.
 
         Args:
-            out: must not exist yet, or be empty.
+            out: must not exist yet, be empty, or hold this very export.
             say: takes a line for every shard.
 
         Raises:
@@ -144,6 +145,12 @@ class Export:
         draft = self._draft(out)
         try:
             self._write_rest(draft)
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                if not self._is_there(draft, out):
+                    raise UserError(f"--out {out} exists already; choose another folder or remove it.")
+                # A command that was killed at its very end is given again.
+                say("this export is there already")
+                return self._exported(out)
             for number, (file, tensors) in enumerate(self._filled_shards(), 1):
                 save_file(tensors, draft / file, metadata={"format": "pt"})
                 # safetensors writes for the owner alone.
@@ -158,6 +165,18 @@ class Export:
             raise UserError(f"--out {out} cannot be written: {error}.") from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+        return self._exported(out)
+
+    def _is_there(self, draft: Path, out: Path) -> bool:
+        """Whether a folder, which appears once it is complete, holds the export of which all but the weights is given."""
+        weights = self.shards.filename_to_tensors
+        if not out.is_dir() or {path.name for path in out.iterdir()} != {path.name for path in draft.iterdir()} | {
+            *weights
+        }:
+            return False
+        return all(filecmp.cmp(path, out / path.name, shallow=False) for path in draft.iterdir())
+
+    def _exported(self, out: Path) -> Exported:
         tensors = [tensor for named in self.sources.values() for tensor in named.values()]
         return Exported(
             folder=out,
@@ -169,8 +188,6 @@ class Export:
         )
 
     def _draft(self, out: Path) -> Path:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out} exists already; choose another folder or remove it.")
         # A name of its own, so that what a killed export left is found and replaced by the next.
         draft = out.parent / f".{out.name}.incomplete"
         try:

@@ -105,6 +105,10 @@ def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path)
     assert done.stderr == ""
     assert "LlamaForCausalLM, float32" in done.stdout and "without 3 tensors of the projector" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()}
+    again = subprocess.run([*command, "--max-shard-size", "1MB"], capture_output=True, text=True)
+    assert again.returncode == 0 and "this export is there already" in again.stdout, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()} == written
     for option, message in {
         "": f"--out {tmp_path}/hf exists already",
         f"--out={tmp_path}/new --max-shard-size=many": "--max-shard-size = 'many'",
