@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, Tokenizer, 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan.config import UserError
-from nitp_titan.data.loader import _how_to_make
+from nitp_titan.data.sources import how_to_make
 from nitp_titan.hub import repository, TOKENIZERS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -227,7 +227,7 @@ def test_the_registered_tokenizers_are_listed_without_a_request(download):
     assert repository("qwen2") == TOKENIZERS["qwen2"] and repository("a/b") == "a/b"
     with pytest.raises(UserError, match="Did you mean 'llama3'"):
         repository("lama3")
-    assert _how_to_make("assets/qwen2") == " Run `python scripts/download_assets.py qwen2` to fetch it."
+    assert how_to_make("assets/qwen2") == " Run `python scripts/download_assets.py qwen2` to fetch it."
 
 
 def test_a_document_of_qwen2_has_no_bos_and_ends_with_its_eos(tmp_path):

@@ -168,11 +168,9 @@ class Export:
         return self._exported(out)
 
     def _is_there(self, draft: Path, out: Path) -> bool:
-        """Whether a folder, which appears once it is complete, holds the export of which all but the weights is given."""
-        weights = self.shards.filename_to_tensors
-        if not out.is_dir() or {path.name for path in out.iterdir()} != {path.name for path in draft.iterdir()} | {
-            *weights
-        }:
+        """Whether a folder, which appears once it is complete, holds this export; the draft has all but the weights."""
+        wanted = {path.name for path in draft.iterdir()} | {*self.shards.filename_to_tensors}
+        if not out.is_dir() or {path.name for path in out.iterdir()} != wanted:
             return False
         return all(filecmp.cmp(path, out / path.name, shallow=False) for path in draft.iterdir())
 

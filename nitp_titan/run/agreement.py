@@ -9,8 +9,9 @@ from typing import Any
 import torch.distributed as dist
 
 from nitp_titan.config import UserError
-from nitp_titan.data.loader import local_files, TextDataLoader
+from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import MIXTURES
+from nitp_titan.data.sources import local_files
 from nitp_titan.files import sha256
 from nitp_titan.run import provenance, run_folder
 

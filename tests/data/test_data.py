@@ -148,7 +148,7 @@ def test_a_hugging_face_dataset_is_opened_by_name_and_a_failure_is_one_line(toke
         rows = datasets.Dataset.from_dict({"content": ["some words " * 200]})
         return rows.to_iterable_dataset()
 
-    monkeypatch.setattr("nitp_titan.data.loader.load_dataset", load)
+    monkeypatch.setattr("nitp_titan.data.sources.load_dataset", load)
     loader = _loader(tokenizer, dataset="someone/Corpus", subset="en", split="validation", text_field="content")
     assert next(iter(loader))[0]["input"].shape == (2, 64)
     assert seen == {"path": "someone/Corpus", "name": "en", "split": "validation", "streaming": True}

@@ -15,8 +15,9 @@ from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 
 from nitp_titan.config import UserError
-from nitp_titan.data.loader import check_dataset, local_files, TextDataLoader
+from nitp_titan.data.loader import check_dataset, TextDataLoader
 from nitp_titan.data.mixtures import MIXTURES, TextSource
+from nitp_titan.data.sources import local_files
 
 SEQ_LEN = 32
 
@@ -263,7 +264,7 @@ def test_sources_are_opened_as_they_are_spelled_out(monkeypatch):
         fields = {field: ["some words " * 9] for field in ("text", "problem", "generated_solution")}
         return datasets.Dataset.from_dict(fields).to_iterable_dataset()
 
-    monkeypatch.setattr("nitp_titan.data.loader.load_dataset", load)
+    monkeypatch.setattr("nitp_titan.data.sources.load_dataset", load)
     _take(iter(_loader(mixture="paper_like")), 100)
     assert seen == [
         ("HuggingFaceFW/fineweb-edu", "sample-350BT", "train", True),
