@@ -90,11 +90,13 @@ class NITPCheckpointManager(CheckpointManager):
         Raises:
             UserError: if the disk is full, or cannot be written for another reason.
         """
-        if not is_remote(checkpoint_id):
-            if dist.get_rank() == 0:
-                _invalidate(Path(checkpoint_id))
-            dist.barrier()
         with _one_line(checkpoint_id):
+            if not is_remote(checkpoint_id):
+                if dist.get_rank() == 0:
+                    _invalidate(Path(checkpoint_id))
+                    # Made in the background, it might count among `keep_latest_k` or not yet.
+                    Path(checkpoint_id).mkdir(parents=True, exist_ok=True)
+                dist.barrier()
             return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
     def _wait_for_saving(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from helpers import make_config, parameters, saved_run
 
 from nitp_titan.checkpoint.saved import Checkpoint
+from nitp_titan.checkpoint.steps import complete_steps
 from nitp_titan.config import UserError
 from nitp_titan.metrics_file import read_records
 
@@ -116,6 +117,16 @@ def test_a_step_between_two_intervals_is_saved_on_demand_once(copy, mode):
     assert (copy / "checkpoint/step-7/.metadata").stat().st_mtime_ns == written
     state = Checkpoint(copy).load(["norm.weight"])
     assert torch.equal(state["norm.weight"], parameters(trainer)["norm.weight"])
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_as_many_checkpoints_are_kept_however_they_are_written(copy, mode):
+    trainer = _resumed(copy, checkpoint={"interval": 1, "keep_latest_k": 2, "async_mode": mode})
+    for step in (4, 5, 6):
+        trainer.checkpointer.save(step)
+    trainer.checkpointer.maybe_wait_for_saving()
+    trainer.close()
+    assert list(complete_steps(copy / "checkpoint")) == [5, 6]
 
 
 def _truncate(folder):
