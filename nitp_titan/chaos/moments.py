@@ -127,7 +127,7 @@ def _last(ahead: list[int], complete: set[int]) -> list[int]:
 
 
 def _purging(ahead: list[int], complete: set[int]) -> list[int]:
-    """After the last checkpoint TorchTitan removes nothing; of those in the background, one checkpoint later."""
+    """After the last checkpoint TorchTitan removes nothing; after the one before the run would soon be over."""
     return [step for number, step in enumerate(ahead[:-2]) if len(complete) + number >= KEEP_LATEST_K]
 
 
