@@ -260,7 +260,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict)]
 
 
-# Locks of this process; one is lost when its file is closed.
+# Locks of this process; one is lost when its file is closed, also after it was opened again.
 _held: dict[Path, TextIO] = {}
 
 
@@ -269,9 +269,10 @@ def _hold(folder: Path) -> None:
 
     torchrun that is killed leaves its ranks behind, which train on; they would write into the same checkpoints.
     """
-    if not folder.is_dir():
+    path, held = folder / _LOCK, _held.get(folder.resolve())
+    if not folder.is_dir() or (held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat())):
         return
-    file = (folder / _LOCK).open("a+")
+    file = path.open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -263,7 +263,9 @@ def test_the_code_hash_is_that_of_all_files_of_the_package(monkeypatch, tmp_path
 
 def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
     code = "import sys; from pathlib import Path; from nitp_titan.run.run_folder import Start; import time\n"
-    code += "Start(Path(sys.argv[1])).settle(); print('held', flush=True); time.sleep(60)"
+    # A start looks at its folder twice.
+    code += "Start(Path(sys.argv[1])).settle(); Start(Path(sys.argv[1])).settle(); print('held', flush=True)\n"
+    code += "time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         message = rf"{tmp_path} is in use: process {other.pid} on .* trains there"
