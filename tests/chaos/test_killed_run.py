@@ -61,19 +61,22 @@ def few_files(monkeypatch):
     monkeypatch.setattr(moments, "_BALLAST", 100)
 
 
-def _killed(tmp_path, *names: str, fault: str = "none", seed: int = 0) -> Trial:
-    command = [sys.executable, "-c", _STAND_IN, str(tmp_path), fault]
-    trial = Trial(1)
-    run = KilledRun(tmp_path, command, 1, [3, 6, 9, 12, 15], {}, {}, random.Random(seed))
-    run.go(trial, list(names))
+def _killed(tmp_path, *names: str, fault: str = "none") -> Trial:
+    """A trial whose kills hit: like a campaign it tries again what a busy machine made miss."""
+    for seed in range(4):
+        folder = tmp_path / f"attempt_{seed}"
+        folder.mkdir(parents=True)
+        command = [sys.executable, "-c", _STAND_IN, str(folder), fault]
+        trial = Trial(1)
+        KilledRun(folder, command, 1, [3, 6, 9, 12, 15], {}, {}, random.Random(seed)).go(trial, list(names))
+        if trial.hit:
+            break
     return trial
 
 
 def _together(tmp_path, kills: list[tuple[str, str]]) -> list[Trial]:
     """Trials of a fault and a moment each, side by side, for they mostly wait."""
     folders = [tmp_path / str(number) for number in range(len(kills))]
-    for folder in folders:
-        folder.mkdir()
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(lambda folder, kill: _killed(folder, kill[1], fault=kill[0]), folders, kills))
 
@@ -98,7 +101,7 @@ def test_a_kill_in_every_start_but_the_last(tmp_path):
 
 def test_a_restart_that_does_wrong_is_lost(tmp_path):
     faults = {
-        ("loads the oldest", "during the purge"): r"start 2 loaded step \d+, but that of step 9 was complete",
+        ("loads the oldest", "during the purge"): r"start 2 loaded step \d+, but that of step (9|12) was complete",
         ("loads a half-written one", "during a checkpoint write"): r"start 2 loaded step \d+, but (that|none) ",
         ("starts afresh", "last step"): r"start 2 loaded no checkpoint, but that of step \d+ was complete",
         ("fails", "last step"): r"start 2 ended with status 1: error: this folder is not mine",
