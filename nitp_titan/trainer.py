@@ -107,7 +107,7 @@ class NITPTrainer(Trainer):
         num_ranks = torch.distributed.get_world_size()
         self._stop_group = torch.distributed.new_group(backend="gloo") if num_ranks > 1 else None
         if torch.distributed.get_rank() == 0:
-            start.record(config, hosts=self._hosts, world_size=torch.distributed.get_world_size())
+            start.record(config, hosts=self._hosts, world_size=num_ranks)
 
     def init_distributed(self) -> ParallelDims:
         """As `Trainer.init_distributed`; then all ranks agree on what they run, and the run folder is settled."""

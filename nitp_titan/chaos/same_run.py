@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nitp_titan.checkpoint.steps import complete_steps, METADATA
+
 # Of a record, what depends on the machine's load.
 _MEASURED = {"tokens_per_second", "seconds_per_step", "memory_gib"}
 # What drafts are called while they are written, by us and by DCP.
 _DRAFT = re.compile(r"\.tmp$|\.incomplete$|^\.(?!metadata$)")
-_METADATA = ".metadata"
 
 
 @dataclass
@@ -50,8 +51,8 @@ def complete_checkpoints(folder: Path, num_ranks: int) -> set[int]:
     Args:
         folder: of all checkpoints of a run.
     """
-    files = [_METADATA, *(f"__{rank}_0.distcp" for rank in range(num_ranks))]
-    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*") if path.name[5:].isdigit()}
+    files = [f"__{rank}_0.distcp" for rank in range(num_ranks)]
+    steps = complete_steps(folder, [METADATA])
     return {step for step, path in steps.items() if all((path / file).is_file() for file in files)}
 
 
@@ -116,8 +117,8 @@ def _compare_checkpoints(reference: Path, folder: Path, tolerance: float, found:
     for name in sorted({*expected, *steps}):
         if name not in steps:
             found.problems.append(f"checkpoint/{name} is missing")
-        elif not (steps[name] / _METADATA).is_file():
-            found.problems.append(f"checkpoint/{name} is half-written: it has no {_METADATA}")
+        elif not (steps[name] / METADATA).is_file():
+            found.problems.append(f"checkpoint/{name} is half-written: it has no {METADATA}")
         elif name not in expected:
             found.problems.append(f"checkpoint/{name} is not in the reference")
         else:

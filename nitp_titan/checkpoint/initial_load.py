@@ -18,8 +18,7 @@ from torchtitan.tools.logging import logger
 from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.config import nearest, UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX
-from nitp_titan.hf.export import meta_tensors
-from nitp_titan.models import hf_config
+from nitp_titan.models import hf_config, meta_tensors
 
 # Of a Hugging Face model, what a model here computes by itself.
 _COMPUTED = ("rotary_emb.inv_freq",)

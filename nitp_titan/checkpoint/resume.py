@@ -10,7 +10,7 @@ from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.checkpoint.steps import complete_steps, INDEX, METADATA
 from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
-from nitp_titan.hf.export import meta_tensors
+from nitp_titan.models import meta_tensors
 
 
 def check_resume(config, spec: ModelSpec) -> None:

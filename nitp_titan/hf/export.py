@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import split_state_dict_into_shards_factory, StateDictSplit
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -26,7 +25,7 @@ from nitp_titan.config import UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX, without_projector
 from nitp_titan.hf.card import model_card
 from nitp_titan.hf.config import require
-from nitp_titan.models import hf_config
+from nitp_titan.models import hf_config, meta_tensors
 from nitp_titan.pretrained import DTYPES
 
 MAX_SHARD_SIZE = "5GB"
@@ -256,12 +255,6 @@ def check_last_save(config, spec: ModelSpec) -> None:
     except UserError as error:
         reason = f"[checkpoint] last_save_in_hf = true, but {error}"
         raise UserError(reason, table="checkpoint", key="last_save_in_hf") from None
-
-
-def meta_tensors(spec: ModelSpec) -> dict[str, Tensor]:
-    """Tensors of a whole model by name, without their contents."""
-    with torch.device("meta"):
-        return spec.model.build().state_dict()
 
 
 def _named(adapter: BaseStateDictAdapter, name: str, tensor: Tensor) -> dict[str, Tensor]:

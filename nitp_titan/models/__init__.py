@@ -42,6 +42,14 @@ def build_model_spec(model: ModelConfig):
     return spec
 
 
+def meta_tensors(spec):
+    """Tensors of a ``ModelSpec``'s whole model by name, on the meta device: sizes and types without contents."""
+    import torch
+
+    with torch.device("meta"):
+        return spec.model.build().state_dict()
+
+
 def hf_config(model: ModelConfig, spec) -> dict[str, Any]:
     """``config.json`` of the transformers class that computes the same as a model, without what its run knows.
 

@@ -95,7 +95,7 @@ def differences(first: dict[str, Any], mine: dict[str, Any]) -> str:
     """What a rank has and rank 0 has not, as one short text; empty if they agree."""
     return run_folder.listed(
         [
-            f"{name} = {run_folder.shown(value)}, rank 0 has {run_folder.shown(other)}"
+            f"{name} = {run_folder.shown_setting(value)}, rank 0 has {run_folder.shown_setting(other)}"
             for name, (other, value) in run_folder.changed_values(first, mine).items()
         ]
     )

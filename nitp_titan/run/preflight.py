@@ -14,7 +14,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.filesystem import is_remote
 
 from nitp_titan.config import nearest, UserError
-from nitp_titan.hf.export import meta_tensors
+from nitp_titan.models import meta_tensors
 
 # TorchTitan asks this variable for what begins its log.
 _LOG_FACTORY = "TITAN_STRUCT_LOGGER_HANDLERS"

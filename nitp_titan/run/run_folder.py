@@ -21,7 +21,7 @@ import tomli
 
 from nitp_titan import recipe
 from nitp_titan.checkpoint.steps import complete_steps
-from nitp_titan.config import UserError
+from nitp_titan.config import shown, UserError
 from nitp_titan.run import provenance
 from nitp_titan.run.credentials import redact
 
@@ -226,13 +226,12 @@ def listed(parts: list[str], most: int = 3) -> str:
 
 
 def _shown(changed: dict[str, list[Any]]) -> str:
-    return listed([f"{name}: {shown(old)} -> {shown(new)}" for name, (old, new) in changed.items()])
+    return listed([f"{name}: {shown_setting(old)} -> {shown_setting(new)}" for name, (old, new) in changed.items()])
 
 
-def shown(value: Any) -> str:
-    """A setting's value in a message, shortened."""
-    text = "not set" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def shown_setting(value: Any) -> str:
+    """A setting's value in a message; None is one that is not there."""
+    return "not set" if value is None else shown(value)
 
 
 def set_aside(path: Path) -> Path:
