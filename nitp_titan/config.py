@@ -120,9 +120,6 @@ class NITPConfig:
     projector_width: float = 4.0
     """Hidden width of the projector as a multiple of the model dimension d."""
 
-    num_chunks: int = 4
-    """Chunks of the sequence in which the NITP loss is computed; more chunks need less memory."""
-
     @property
     def enabled(self) -> bool:
         return self.weight > 0
@@ -133,7 +130,6 @@ class NITPConfig:
         self._require(self.target_layer is None or self.target_layer >= 0, "target_layer", "at least 0")
         self._require(self.start_step >= 0, "start_step", "at least 0")
         self._require(0 < self.projector_width < float("inf"), "projector_width", "above 0")
-        self._require(self.num_chunks >= 1, "num_chunks", "at least 1")
         known = ":" in self.loss or self.loss in LOSS_NAMES
         self._require(known, "loss", f"one of {', '.join(LOSS_NAMES)} or module:function", nearest_of=LOSS_NAMES)
 

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part, _get_pipeline_metadata
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
@@ -84,9 +85,10 @@ def _check_sequence(config) -> None:
         _refuse(
             "training", "seq_len", f"{seq_len} is no multiple of CP {cp} x {_MASK_BLOCK}, the attention mask's block."
         )
-    for table, chunks in (("loss", config.loss.num_chunks), ("nitp", config.nitp.num_chunks)):
-        if (table == "loss" or config.nitp.enabled) and seq_len % (chunks * cp):
-            _refuse(table, "num_chunks", f"{chunks} does not divide a rank's {seq_len} / {cp} positions.")
+    if isinstance(config.loss, ChunkedLossWrapper.Config) and seq_len % (config.loss.num_chunks * cp):
+        _refuse(
+            "loss", "num_chunks", f"{config.loss.num_chunks} does not divide a rank's {seq_len} / {cp} positions."
+        )
 
 
 def _check_geometry(config) -> None:

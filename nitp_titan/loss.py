@@ -1,4 +1,4 @@
-"""Chunked cross-entropy plus the chunked NITP loss (Eq. 4)."""
+"""Cross-entropy plus the NITP loss, chunk by chunk (Eq. 4)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +12,19 @@ import torch.distributed._functional_collectives as funcol
 from torch import nn, Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchtitan.components.loss import ChunkedLossWrapper, GradAccumulator, IGNORE_INDEX
+from torchtitan.components.loss import ChunkedLossWrapper, IGNORE_INDEX
 from torchtitan.config import CompileConfig
 
 from nitp_titan.config import NITPConfig, UserError
 from nitp_titan.meter import GeometryMeter, HIDDEN, PROJECTED
 from nitp_titan.nitp import context_parallel_group, local
-from nitp_titan.objective import cosine_regularizer_terms, direction_sums, LOSSES, nitp_loss_sum
+from nitp_titan.objective import (
+    cosine_regularizer_sum,
+    direction_sums,
+    LOSSES,
+    next_implicit_tokens,
+    nitp_loss_sum,
+)
 
 
 def find_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -80,13 +86,31 @@ class ChunkedLoss(ChunkedLossWrapper):
         return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
 
 
+@dataclass
+class _Chunks:
+    """What the chunks of one loss call share."""
+
+    term: Callable[[Tensor, Tensor, slice], Tensor]
+    """Auxiliary term, a sum over some positions, from their hidden states, labels and place."""
+
+    ntp: Tensor
+    value: Tensor
+    gradient_square: Tensor
+    """Of the weighted term's gradient of the hidden states."""
+
+    hidden: Tensor | None = None
+    """Hidden states of the chunk at hand, a leaf of its graph."""
+
+    start: int = 0
+    index: int = 0
+
+
 class NITPLoss(ChunkedLoss):
     """NTP cross-entropy as in TorchTitan, plus ``weight`` times the auxiliary objective.
 
-    Like the cross-entropy, the auxiliary term is computed and differentiated chunk by chunk
-    of the sequence, so that the projector's activations never exist for all positions.
-    The step's weight and divisor live in tensors that are written in place: CUDA graphs
-    replay the step with whatever they hold.
+    The auxiliary term is part of the loss of each chunk of the cross-entropy: the hidden states are split once, each
+    chunk is differentiated once, and the projector's activations never exist for all positions. The step's weight and
+    divisor live in tensors that are written in place: CUDA graphs replay the step with whatever they hold.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -100,6 +124,17 @@ class NITPLoss(ChunkedLoss):
         self.fn = nitp_loss_sum
         self._maybe_compile(compile_config)
         self.projector: nn.Module | None = None
+        self.ntp_loss, self.loss_fn = self.loss_fn, self._chunk_loss
+        self._chunks: _Chunks | None = None
+
+    def set_lm_head(self, lm_head: nn.Module) -> None:
+        """As `ChunkedLossWrapper.set_lm_head`."""
+        super().set_lm_head(lm_head)
+        lm_head.register_forward_pre_hook(self._see_hidden)
+
+    def _see_hidden(self, lm_head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._chunks is not None:
+            self._chunks.hidden = inputs[0]
 
     def prepare(self, projector: nn.Module | None, *, num_microbatches: int, device: torch.device) -> None:
         """Give the loss its projector and its per-step tensors; once, after the model is built.
@@ -124,7 +159,7 @@ class NITPLoss(ChunkedLoss):
 
     def compute(
         self,
-        pred: Tensor | tuple[Tensor, Tensor, Tensor],
+        pred: Tensor | tuple[Tensor, ...],
         labels: Tensor,
         global_valid_tokens: Tensor | None = None,
         **loss_inputs: Any,
@@ -132,8 +167,8 @@ class NITPLoss(ChunkedLoss):
         """Total loss, scaled by global counts.
 
         Args:
-            pred: hidden states [batch, length, dim] with targets [batch, length, dim] and
-                their validity [batch, length] in training; hidden states alone otherwise.
+            pred: in training hidden states [batch, length, dim] with what their targets are made of
+                (`NITPDecoder.with_target`); hidden states alone otherwise.
             labels: [batch, length], `IGNORE_INDEX` where a position is not trained.
             global_valid_tokens: number of labels of the global batch, scalar.
 
@@ -141,32 +176,70 @@ class NITPLoss(ChunkedLoss):
             This rank's share of ``ce / tokens + weight * nitp / positions`` and no metrics.
         """
         h_BLD, *target = pred if isinstance(pred, tuple) else (pred,)
-        ntp, metrics = super().compute(h_BLD, labels, global_valid_tokens, **loss_inputs)
         if not h_BLD.requires_grad:
             self._show_projection(h_BLD, labels)
-            return ntp, metrics
+            return super().compute(h_BLD, labels, global_valid_tokens, **loss_inputs)
         with spmd.local(), spmd.no_typecheck():
-            labelled_BL = local(labels) != IGNORE_INDEX
+            learning = [z.detach().requires_grad_() for z in target[:1] if z.requires_grad]
             if self.settings.objective == "cosine_regularizer":
-                total, value, gradient = self._regularizer(h_BLD, labelled_BL)
+                term = self._regularizer_term(h_BLD, labels)
             else:
-                target_BLD, valid_BL = target
-                total, value, gradient = self._nitp(h_BLD, target_BLD, valid_BL & labelled_BL, labels)
-            newest = torch.stack([local(ntp).detach().float(), value, gradient])
+                term = self._nitp_term(*learning or target[:1], *target[1:], labels)
+            zero = torch.zeros((), dtype=torch.float32, device=self.weight.device)
+            self._chunks = chunks = _Chunks(term, ntp=zero, value=zero, gradient_square=zero)
+        with _unsharded_projector(self.projector) as self._before_last_chunk:
+            loss, metrics = super().compute(h_BLD, labels, global_valid_tokens, **loss_inputs)
+        self._chunks = None
+        with spmd.local(), spmd.no_typecheck():
+            newest = torch.stack([chunks.ntp, chunks.value, chunks.gradient_square.sqrt()])
             self.figures.copy_(torch.cat([newest[None], self.figures[:-1]]))
-            return ntp + _placed_as(ntp, total), metrics
+            for z, leaf in zip(target, learning):
+                # Without stop-gradient; its value is in the loss already.
+                share = self._gradient_backprop(z, leaf.grad, torch.zeros_like(chunks.value), self.lm_head, False)
+                loss = loss + _placed_as(loss, share)
+            return loss, metrics
 
-    def _nitp(self, h_BLD: Tensor, target_BLD: Tensor, valid_BL: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def _chunk_loss(
+        self, logits: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a chunk, which ChunkedLossWrapper differentiates."""
+        loss, metrics = self.ntp_loss(logits, labels, global_valid_tokens, **loss_inputs)
+        chunks = self._chunks
+        if chunks is None:
+            return loss, metrics
+        is_type_checking = spmd.is_type_checking()
+        with spmd.no_typecheck():
+            if chunks.index == self.num_chunks - 1:
+                self._before_last_chunk()
+            # An alias, whose gradient is that of the auxiliary term alone.
+            hidden = chunks.hidden.view_as(chunks.hidden)
+            hidden.register_hook(self._see_gradient)
+            labels = local(labels)
+            positions = slice(chunks.start, chunks.start + labels.shape[1])
+            share = chunks.term(hidden, labels, positions) / self.num_terms
+            chunks.ntp = chunks.ntp + local(loss).detach().float()
+            chunks.value = chunks.value + share.detach()
+            chunks.start, chunks.index, chunks.hidden = positions.stop, chunks.index + 1, None
+            loss = loss + _placed_as(loss, self.weight * share)
+            if is_type_checking:
+                spmd.assert_type(loss, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})
+        return loss, metrics
+
+    def _see_gradient(self, gradient: Tensor) -> None:
+        norm = torch.linalg.vector_norm(local(gradient), dtype=torch.float32)
+        self._chunks.gradient_square = self._chunks.gradient_square + norm.square()
+
+    def _nitp_term(self, z_BLD: Tensor, following_BRD: Tensor, valid_BL: Tensor, labels: Tensor) -> Callable:
         show = self._projection_shower(labels)
 
-        def term(h: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-            prediction = self._projected(h, h_BLD)
+        def term(h: Tensor, labels: Tensor, positions: slice) -> Tensor:
+            prediction = local(self.projector(h))
             show(prediction)
-            loss = self.fn(prediction, target, valid, self.distance)
-            return loss, loss.detach()
+            target = next_implicit_tokens(z_BLD, following_BRD, positions.start, positions.stop)
+            valid = valid_BL[:, positions] & (labels != IGNORE_INDEX)
+            return self.fn(prediction, target, valid, self.distance)
 
-        with _unsharded_projector(self.projector) as before_last_backward:
-            return self._chunked(term, (local(h_BLD), target_BLD), (valid_BL,), before_last_backward)
+        return term
 
     def _projection_shower(self, labels: Tensor) -> Callable[[Tensor], None]:
         """Shows the meter the projections of a micro-batch, chunk after chunk."""
@@ -186,62 +259,22 @@ class NITPLoss(ChunkedLoss):
             return
         show = self._projection_shower(labels)
         with spmd.local(), spmd.no_typecheck(), _unsharded_projector(self.projector):
-            for chunk in local(h_BLD).chunk(self.settings.num_chunks, dim=1):
-                show(self._projected(chunk.contiguous(), h_BLD))
+            for chunk in local(h_BLD).chunk(self.num_chunks, dim=1):
+                show(local(self.projector(_placed_as(h_BLD, chunk.contiguous()))))
 
-    def _projected(self, chunk: Tensor, h_BLD: Tensor) -> Tensor:
-        return local(self.projector(_placed_as(h_BLD, chunk)))
-
-    def _regularizer(self, h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, ...]:
+    def _regularizer_term(self, h_BLD: Tensor, labels: Tensor) -> Callable:
         with torch.no_grad():
-            chunks = zip(*(x.chunk(self.settings.num_chunks, dim=1) for x in (local(h_BLD).detach(), valid_BL)))
+            labelled = local(labels) != IGNORE_INDEX
+            chunks = zip(*(x.chunk(self.num_chunks, dim=1) for x in (local(h_BLD).detach(), labelled)))
             directions, counts = (sum(parts) for parts in zip(*(direction_sums(h, valid) for h, valid in chunks)))
             group = context_parallel_group(h_BLD)
             if group is not None:
                 directions, counts = (funcol.all_reduce(x, "sum", group) for x in (directions, counts))
 
-        def term(h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-            return cosine_regularizer_terms(self._projected(h, h_BLD), valid, directions, counts)
+        def term(h: Tensor, labels: Tensor, positions: slice) -> Tensor:
+            return cosine_regularizer_sum(local(self.projector(h)), labels != IGNORE_INDEX, directions, counts)
 
-        return self._chunked(term, (local(h_BLD),), (valid_BL,), lambda: None)
-
-    def _chunked(
-        self,
-        term: Callable[..., tuple[Tensor, Tensor]],
-        states: tuple[Tensor, ...],
-        masks: tuple[Tensor, ...],
-        before_last_backward: Callable[[], None],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Differentiate ``term`` chunk by chunk and hand the gradients to the states' graphs.
-
-        Returns:
-            The weighted term, differentiable once, its plain value, and the norm of the weighted term's gradient of the
-            first state; all this rank's share.
-        """
-        num_chunks = self.settings.num_chunks
-        learning = [state for state in states if state.requires_grad]
-        gradients = [GradAccumulator(state, num_chunks=num_chunks, dtype=torch.float32) for state in learning]
-        value = torch.zeros((), dtype=torch.float32, device=states[0].device)
-        chunks = zip(*(x.detach().chunk(num_chunks, dim=1) for x in (*states, *masks)))
-        for index, chunk in enumerate(chunks):
-            leaves = [part.contiguous().requires_grad_(state.requires_grad) for part, state in zip(chunk, states)]
-            surrogate, chunk_value = term(*leaves, *chunk[len(states) :])
-            if index == num_chunks - 1:
-                before_last_backward()
-            (self.weight * surrogate / self.num_terms).backward()
-            for gradient, leaf in zip(gradients, [leaf for leaf in leaves if leaf.requires_grad]):
-                gradient.add(leaf.grad)
-            value += chunk_value / self.num_terms
-
-        # The loss value travels with the first state; TorchTitan's bridge ignores the gradient
-        # that reaches it, so the weight is in the accumulated gradients already.
-        shares = [self.weight * value] + [torch.zeros_like(value)] * (len(learning) - 1)
-        results = [gradient.result() for gradient in gradients]
-        total = sum(
-            self._gradient_backprop(state, result.to(state.dtype), share, self.lm_head, False)
-            for state, result, share in zip(learning, results, shares)
-        )
-        return total, value, torch.linalg.vector_norm(results[0])
+        return term
 
 
 def _placed_as(reference: Tensor, part: Tensor) -> Tensor:
@@ -255,8 +288,7 @@ def _placed_as(reference: Tensor, part: Tensor) -> Tensor:
 def _unsharded_projector(projector: nn.Module) -> Iterator[Callable[[], None]]:
     """Keep an FSDP projector gathered over all chunks and reduce its gradient once.
 
-    Yields a function to call before the last chunk's backward. ChunkedLossWrapper treats
-    lm_head the same way.
+    Yields a function to call before the last chunk. ChunkedLossWrapper treats lm_head the same way.
     """
     if not isinstance(projector, FSDPModule):
         yield lambda: None
@@ -264,7 +296,8 @@ def _unsharded_projector(projector: nn.Module) -> Iterator[Callable[[], None]]:
     projector.set_reshard_after_forward(False)
     projector.set_reshard_after_backward(False)
     projector.set_requires_gradient_sync(False)
-    projector.unshard()
+    with spmd.no_typecheck():
+        projector.unshard()
     yield lambda: projector.set_requires_gradient_sync(True)
     projector.set_reshard_after_forward(True)
     projector.set_reshard_after_backward(True)

@@ -27,7 +27,7 @@ from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
 from nitp_titan.config import NITPConfig
-from nitp_titan.objective import next_implicit_tokens
+from nitp_titan.objective import has_next_token, next_implicit_tokens
 
 if TYPE_CHECKING:
     from nitp_titan.meter import GeometryMeter
@@ -78,40 +78,39 @@ class ImplicitTarget(Module):
         self.temporal_shift = config.temporal_shift
         self.cp_load_balancer = config.cp_load_balancer
 
-    def forward(self, z_BLD: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns targets [batch, length, dim] and validity [batch, length], bool."""
+    def forward(self, z_BLD: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what `next_implicit_tokens` takes, [batch, length, dim] and [batch, runs, dim], and validity
+        [batch, length], bool. The states are not shifted here, which would copy them."""
         with spmd.no_typecheck():
             group = context_parallel_group(z_BLD)
+            z_BLD, positions_BL = local(z_BLD), local(positions_BL)
+            if self.temporal_shift == 0:
+                return z_BLD, z_BLD[:, :0], torch.ones_like(positions_BL, dtype=torch.bool)
             num_runs = 2 if group is not None and self.cp_load_balancer == "headtail" else 1
-            runs = list(zip(*(local(x).chunk(num_runs, dim=1) for x in (z_BLD, positions_BL))))
-            following = self._following(runs, group)
-            aligned = [
-                next_implicit_tokens(
-                    z, positions, temporal_shift=self.temporal_shift, following_z_BD=next_z, following_position_B=next_p
-                )
-                for (z, positions), (next_z, next_p) in zip(runs, following)
-            ]
-            targets, valids = zip(*aligned)
-            return torch.cat(targets, dim=1), torch.cat(valids, dim=1)
+            runs = list(zip(*(x.chunk(num_runs, dim=1) for x in (z_BLD, positions_BL))))
+            states, position_ids = zip(*self._following(runs, group))
+            valids = [has_next_token(positions, after) for (_, positions), after in zip(runs, position_ids)]
+            return z_BLD, torch.stack(states, dim=1), torch.cat(valids, dim=1)
 
     def _following(
         self, runs: list[tuple[Tensor, Tensor]], group: ProcessGroup | None
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """The state and position id right after each run; None at the end of the sequence."""
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The state and position id right after each run; zeros and None at the end of the sequence."""
         num_runs = len(runs)
-        if group is None or self.temporal_shift == 0:
-            return [(None, None)] * num_runs
+        nothing = torch.zeros_like(runs[0][0][:, 0]), None
+        if group is None:
+            return [nothing] * num_runs
         cp, rank = group.size(), group.rank()
         heads_RBD = torch.stack([z[:, 0] for z, _ in runs])
         heads_RB = torch.stack([positions[:, 0] for _, positions in runs])
         all_heads_RBD = funcol.all_gather_tensor(heads_RBD, 0, group)
         all_heads_RB = funcol.all_gather_tensor(heads_RB, 0, group)
-        following: list[tuple[Tensor | None, Tensor | None]] = []
+        following: list[tuple[Tensor, Tensor | None]] = []
         for run in range(num_runs):
             # TorchTitan's head-tail balancer gives rank r the runs r and 2 cp - 1 - r.
             successor = (rank if run == 0 else 2 * cp - 1 - rank) + 1
             if successor == num_runs * cp:
-                following.append((None, None))
+                following.append(nothing)
                 continue
             owner, slot = (successor, 0) if successor < cp else (2 * cp - 1 - successor, 1)
             index = owner * num_runs + slot
@@ -183,8 +182,8 @@ def set_nitp_sharding(config: NITP.Config, parallelism: ParallelismConfig) -> No
 class NITPDecoder:
     """Mixin for `torchtitan.models.common.decoder.Decoder`: forward with capture of the implicit token.
 
-    Training returns ``(h, target, valid)`` to the loss; with gradients off it returns ``h``
-    alone, so that validation reports plain cross-entropy. A pipeline stage hands the
+    Training returns ``(h, z, following, valid)`` to the loss (`ImplicitTarget.forward`); with gradients off it returns
+    ``h`` alone, so that validation reports plain cross-entropy. A pipeline stage hands the
     captured state on as its second output.
     """
 
@@ -219,12 +218,12 @@ class NITPDecoder:
         if self.meter is not None:
             self.meter.see_layer(number, h, positions)
 
-    def with_target(self, h: Tensor, z_BLD: Tensor | None, positions: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """What the last stage returns: hidden states alone, or in training with targets and their validity."""
+    def with_target(self, h: Tensor, z_BLD: Tensor | None, positions: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """What the last stage returns: hidden states alone, or in training with what their targets are made of."""
         training, measuring = torch.is_grad_enabled(), self.meter is not None and self.meter.active
         if z_BLD is None or not (training or measuring):
             return h
-        target, valid = self.nitp.target(z_BLD, positions)
+        z, following, valid = self.nitp.target(z_BLD, positions)
         if measuring:
-            self.meter.see_target(target, positions)
-        return (h, target, valid) if training else h
+            self.meter.see_target(next_implicit_tokens(z, following), positions)
+        return (h, z, following, valid) if training else h

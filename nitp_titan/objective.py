@@ -10,41 +10,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def next_implicit_tokens(
-    z_BLD: Tensor,
-    positions_BL: Tensor,
-    *,
-    temporal_shift: int = 1,
-    following_z_BD: Tensor | None = None,
-    following_position_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Align every position with the implicit token that it must predict (Eq. 2, Fig. 2).
-
-    With packed documents a position has a target only if the next token continues its
-    document, that is, if the next position id is its own plus one.
+def has_next_token(positions_BL: Tensor, following_position_B: Tensor | None = None) -> Tensor:
+    """Whether the next token continues a position's document: its position id is one more (Fig. 2).
 
     Args:
-        z_BLD: shallow states, [batch, length, dim].
         positions_BL: position ids that restart at 0 with every document, [batch, length].
-        temporal_shift: 1 for the next token, 0 for the same one (Table 7).
-        following_z_BD: state right after the last position, where another rank holds it.
-        following_position_B: its position id.
+        following_position_B: position id right after the last one, where another rank holds it.
 
     Returns:
-        Targets [batch, length, dim] and their validity [batch, length], bool; an invalid
-        target means nothing.
+        [batch, length], bool.
     """
-    if temporal_shift == 0:
-        return z_BLD, torch.ones_like(positions_BL, dtype=torch.bool)
-    if following_z_BD is None:
-        following_z_BD = torch.zeros_like(z_BLD[:, 0])
     if following_position_B is None:
         # 0 is nobody's position plus one: every document starts at 0.
         following_position_B = torch.zeros_like(positions_BL[:, 0])
-    target_BLD = torch.cat([z_BLD[:, 1:], following_z_BD[:, None]], dim=1)
-    next_BL = torch.cat([positions_BL[:, 1:], following_position_B[:, None]], dim=1)
-    valid_BL = next_BL == positions_BL + 1
-    return target_BLD, valid_BL
+    return torch.cat([positions_BL[:, 1:], following_position_B[:, None]], dim=1) == positions_BL + 1
+
+
+def next_implicit_tokens(z_BLD: Tensor, following_BRD: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+    """The implicit tokens that some positions must predict: the states one position ahead (Eq. 2).
+
+    Args:
+        z_BLD: shallow states of one or more runs of consecutive tokens, all as long, [batch, length, dim].
+        following_BRD: state right after the end of each run, [batch, runs, dim]; without any run nothing is shifted,
+            and every position gets its own state (Table 7).
+        start, end: the positions, by default all.
+
+    Returns:
+        [batch, end - start, dim]. Where `has_next_token` is false they mean nothing.
+    """
+    length, num_runs = z_BLD.shape[1], following_BRD.shape[1]
+    end = length if end is None else end
+    if num_runs == 0:
+        return z_BLD[:, start:end]
+    pieces = []
+    for run in range(num_runs):
+        run_end = length * (run + 1) // num_runs
+        first, last = max(start, length * run // num_runs), min(end, run_end)
+        if first < last:
+            pieces.append(z_BLD[:, first + 1 : min(last + 1, run_end)])
+            if last == run_end:
+                pieces.append(following_BRD[:, run : run + 1])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -125,9 +131,9 @@ def direction_sums(h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
     return unit_BLD.sum(1), valid_BL.sum(1, dtype=torch.float32)
 
 
-def cosine_regularizer_terms(
+def cosine_regularizer_sum(
     h_BLD: Tensor, valid_BL: Tensor, directions_BD: Tensor, counts_B: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Share of some positions in the mean cosine between different tokens of a sequence.
 
     The generic regulariser of the paper's ablation (Table 3, after Gao et al. 2019). Over
@@ -142,17 +148,16 @@ def cosine_regularizer_terms(
         counts_B: n over the whole sequence.
 
     Returns:
-        (surrogate, value): scalars, float32, summed over sequences. The gradient of the
-        surrogate is the gradient of the value; its own size means nothing. Sequences with
-        fewer than two valid positions have no pair and count as zero.
+        Scalar, float32, summed over sequences. Its gradient is that of these positions in the whole mean, as if s
+        depended on them. Sequences with fewer than two valid positions have no pair and count as zero.
     """
     unit_BLD = _unit(h_BLD.float())
     pairs_B = counts_B * (counts_B - 1)
     per_pair_B1 = torch.where(pairs_B > 0, 1.0 / pairs_B.clamp(min=1), 0.0)[:, None]
     aligned_BL = (unit_BLD * directions_BD[:, None]).sum(-1)
-    surrogate = (torch.where(valid_BL, 2.0 * aligned_BL, 0.0) * per_pair_B1).sum()
-    value = (torch.where(valid_BL, aligned_BL.detach() - 1.0, 0.0) * per_pair_B1).sum()
-    return surrogate, value
+    # The second summand is zero and has the other half of the gradient.
+    share_BL = (aligned_BL - 1.0) + (aligned_BL - aligned_BL.detach())
+    return (torch.where(valid_BL, share_BL, 0.0) * per_pair_B1).sum()
 
 
 def trained_positions(positions_BL: Tensor, labels_BL: Tensor, *, temporal_shift: int, ignore_index: int) -> Tensor:

@@ -8,7 +8,7 @@ from torchtitan.components.loss import CrossEntropyLoss
 from nitp_titan.config import NITPConfig
 from nitp_titan.loss import NITPLoss
 from nitp_titan.nitp import nitp_module_config
-from nitp_titan.objective import next_implicit_tokens
+from nitp_titan.objective import has_next_token
 
 B, L, D, V = 2, 16, 8, 32
 IGNORE = -100
@@ -33,7 +33,13 @@ def _projector(settings: NITPConfig) -> torch.nn.Module:
     return projector
 
 
-def _component(settings: NITPConfig, *, weight: float | None = None, positions: torch.Tensor | None = None):
+def _component(
+    settings: NITPConfig,
+    *,
+    num_chunks: int = 2,
+    weight: float | None = None,
+    positions: torch.Tensor | None = None,
+):
     """Loss and gradients as the component computes them; the trainer's counting is repeated here."""
     h, z, head, packed, labels = _batch()
     positions = packed if positions is None else positions
@@ -42,14 +48,16 @@ def _component(settings: NITPConfig, *, weight: float | None = None, positions: 
     lm_head = torch.nn.Linear(D, V, bias=False)
     lm_head.weight.data.copy_(head)
     projector = _projector(settings)
-    loss_fn = NITPLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+    loss_fn = NITPLoss.Config(num_chunks=num_chunks, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
     loss_fn.set_lm_head(lm_head)
     loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
     num_terms = torch.tensor(float(len(_terms(settings, positions, labels))))
     loss_fn.set_step(weight=settings.weight if weight is None else weight, num_terms=num_terms)
     if settings.objective == "nitp":
-        target, valid = next_implicit_tokens(z, positions, temporal_shift=settings.temporal_shift)
-        prediction = (h * 1, target, valid)
+        if settings.temporal_shift == 0:
+            prediction = (h * 1, z * 1, z[:, :0], torch.ones(B, L, dtype=torch.bool))
+        else:
+            prediction = (h * 1, z * 1, torch.zeros(B, 1, D), has_next_token(positions))
     else:
         prediction = h * 1
     loss, _ = loss_fn(prediction, labels, (labels != IGNORE).sum())
@@ -144,8 +152,8 @@ SETTINGS = {
 @pytest.mark.parametrize("num_chunks", [1, 4, 8])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_loss_and_every_gradient_equal_plain_autograd(name, num_chunks):
-    settings = NITPConfig(weight=3.0, target_layer=1, num_chunks=num_chunks, **SETTINGS[name])
-    loss, parts, gradients = _component(settings)
+    settings = NITPConfig(weight=3.0, target_layer=1, **SETTINGS[name])
+    loss, parts, gradients = _component(settings, num_chunks=num_chunks)
     ntp, auxiliary, expected = _naive(settings)
     torch.testing.assert_close(parts, torch.stack([ntp, auxiliary]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss, ntp + 3.0 * auxiliary, rtol=1e-5, atol=1e-6)
@@ -174,7 +182,7 @@ def test_before_the_start_step_the_term_is_measured_and_not_trained():
 
 
 def test_a_batch_without_valid_positions_costs_nothing():
-    settings = NITPConfig(weight=3.0, target_layer=1, num_chunks=2)
+    settings = NITPConfig(weight=3.0, target_layer=1)
     loss_fn = NITPLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
     loss_fn.set_lm_head(torch.nn.Linear(D, V, bias=False))
     projector = _projector(settings)
@@ -183,7 +191,7 @@ def test_a_batch_without_valid_positions_costs_nothing():
     h = torch.randn(1, 4, D, requires_grad=True)
     labels = torch.full((1, 4), IGNORE)
     valid = torch.zeros(1, 4, dtype=torch.bool)
-    loss, _ = loss_fn((h * 1, torch.randn(1, 4, D), valid), labels, torch.tensor(1))
+    loss, _ = loss_fn((h * 1, torch.randn(1, 4, D), torch.zeros(1, 1, D), valid), labels, torch.tensor(1))
     loss.backward()
     assert loss.item() == 0.0 and h.grad.abs().max() == 0
     assert all(parameter.grad.abs().max() == 0 for parameter in projector.parameters())
@@ -197,10 +205,11 @@ def test_parts_keep_the_last_micro_batches_only():
     loss_fn.set_step(weight=3.0, num_terms=torch.tensor(10))
     seen = []
     for seed in range(5):
-        h, target = torch.randn(2, 1, 4, D, generator=torch.Generator().manual_seed(seed))
+        h, z = torch.randn(2, 1, 4, D, generator=torch.Generator().manual_seed(seed))
         h.requires_grad_()
         labels = torch.zeros(1, 4, dtype=torch.long)
-        loss, _ = loss_fn((h * 1, target, torch.ones(1, 4, dtype=torch.bool)), labels, torch.tensor(8))
+        valid = has_next_token(torch.arange(4)[None])
+        loss, _ = loss_fn((h * 1, z, torch.zeros(1, 1, D), valid), labels, torch.tensor(8))
         seen.append(loss.item())
     totals = loss_fn.parts[:, 0] + 3.0 * loss_fn.parts[:, 1]
     assert totals.tolist() == pytest.approx([seen[4], seen[3]])

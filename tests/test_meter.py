@@ -19,6 +19,11 @@ GEOMETRY = {"enable": True, "interval": 2, "layers": True}
 STATES = ["hidden", "target", "projected", *(f"layer_{number}" for number in range(5))]
 
 
+def shifted(z_BLD):
+    """The state one position ahead; the last position has none."""
+    return torch.cat([z_BLD[:, 1:], torch.zeros_like(z_BLD[:, :1])], dim=1)
+
+
 class Witness:
     """Copies of the states of every training pass, by name of the state."""
 
@@ -29,7 +34,7 @@ class Witness:
         modules |= {f"layer_{int(name) + 1}": layer for name, layer in model.layers.items()}
         for name, module in modules.items():
             module.register_forward_hook(lambda module, inputs, output, name=name: self.keep(name, output))
-        model.nitp.target.register_forward_hook(lambda module, inputs, output: self.keep("target", output[0]))
+        model.nitp.target.register_forward_hook(lambda module, inputs, output: self.keep("target", shifted(output[0])))
 
     def keep(self, name, output):
         if torch.is_grad_enabled():
@@ -41,7 +46,7 @@ def measured(assets, tmp_path_factory):
     """Three steps of two micro-batches, measured at steps 1 and 2: folder and the states that were there."""
     folder = tmp_path_factory.mktemp("measured")
     training = {"local_batch_size": 2, "global_batch_size": 4}
-    config = make_config(folder, nitp={"num_chunks": 4}, training=training, geometry=GEOMETRY)
+    config = make_config(folder, training=training, geometry=GEOMETRY)
     trainer = config.build()
     witness = Witness(trainer)
     batches = trainer.batch_generator(trainer.dataloader)
@@ -104,7 +109,7 @@ def test_the_step_s_line_and_record_have_rank_and_cosine_where_measured(measured
 
 def test_measuring_changes_no_bit_of_the_training(measured, tmp_path):
     folder, _ = measured
-    train(make_config(tmp_path, nitp={"num_chunks": 4}, training={"local_batch_size": 2, "global_batch_size": 4}))
+    train(make_config(tmp_path, training={"local_batch_size": 2, "global_batch_size": 4}))
     keys = ("ntp_loss", "nitp_loss", "grad_norm")
     losses = [
         [[record[key] for key in keys] for record in read_records(f / "metrics.jsonl")] for f in (folder, tmp_path)

@@ -9,6 +9,7 @@ from helpers import make_config, parameters, train
 from torchtitan.models.common.decoder import Decoder
 
 from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.objective import next_implicit_tokens
 from nitp_titan.trainer import model_spec_with_nitp
 from nitp_titan.variants import with_nitp
 
@@ -36,11 +37,18 @@ def trainers(assets, tmp_path_factory):
         "narrow": {"projector_width": 1.0},
         "regularizer": {"objective": "cosine_regularizer"},
         "late": {"start_step": 1},
-        "one chunk": {"num_chunks": 1},
+        "one chunk": {},
     }
     folder = tmp_path_factory.mktemp("variants")
     return {
-        name: train(make_config(folder / name, training={"steps": 1}, nitp={"weight": 20.0, **nitp}))
+        name: train(
+            make_config(
+                folder / name,
+                training={"steps": 1},
+                nitp={"weight": 20.0, **nitp},
+                loss={"num_chunks": 1 if name == "one chunk" else 8},
+            )
+        )
         for name, nitp in variants.items()
     }
 
@@ -119,11 +127,14 @@ def test_the_implicit_token_is_the_raw_output_of_the_target_layer_one_position_a
     model.norm.register_forward_hook(lambda module, inputs, output: final.append(output))
     tokens = torch.randint(0, 4096, (1, 128))
     positions = torch.cat([torch.arange(50), torch.arange(78)])[None]
-    h_BLD, target_BLD, valid_BL = model(
+    h_BLD, z_BLD, following_BRD, valid_BL = model(
         tokens, positions=positions, attention_masks=model.get_attention_masks(positions=positions)
     )
     assert torch.equal(h_BLD, final[0])
-    assert not target_BLD.requires_grad
+    assert not z_BLD.requires_grad
+    # The very tensor that the next layer reads: nothing is copied.
+    assert z_BLD.data_ptr() == seen[0].data_ptr()
+    target_BLD = next_implicit_tokens(z_BLD, following_BRD)
     assert torch.equal(target_BLD[:, :-1], seen[0][:, 1:])
     assert (~valid_BL).nonzero().tolist() == [[0, 49], [0, 127]]
 
@@ -132,13 +143,13 @@ def test_no_gradient_reaches_the_shallow_layers_through_the_target(assets, tmp_p
     for stop_gradient in (True, False):
         model = _model(make_config(tmp_path, nitp={"stop_gradient": stop_gradient, "target_layer": 2}))
         tokens, positions = torch.randint(0, 4096, (1, 128)), torch.arange(128)[None]
-        h_BLD, target_BLD, _ = model(
+        h_BLD, z_BLD, _, _ = model(
             tokens, positions=positions, attention_masks=model.get_attention_masks(positions=positions)
         )
         assert h_BLD.requires_grad
-        assert target_BLD.requires_grad is not stop_gradient
+        assert z_BLD.requires_grad is not stop_gradient
         if not stop_gradient:
-            target_BLD.square().sum().backward()
+            z_BLD.square().sum().backward()
             reached = {
                 name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and "layers" in name
             }

@@ -6,37 +6,48 @@ import torch
 from nitp_titan import objective
 
 
+def _at_end(z_BLD: torch.Tensor, value: float = 0.0, runs: int = 1) -> torch.Tensor:
+    return torch.full((len(z_BLD), runs, z_BLD.shape[2]), value)
+
+
 def test_implicit_tokens_stop_at_document_borders():
     z_BLD = torch.tensor([[[1.0], [2.0], [3.0], [10.0], [20.0]]])
     positions_BL = torch.tensor([[0, 1, 2, 0, 1]])
-    target_BLD, valid_BL = objective.next_implicit_tokens(z_BLD, positions_BL)
+    target_BLD = objective.next_implicit_tokens(z_BLD, _at_end(z_BLD))
+    valid_BL = objective.has_next_token(positions_BL)
     assert valid_BL.tolist() == [[True, True, False, True, False]]
     assert target_BLD[valid_BL].flatten().tolist() == [2.0, 3.0, 20.0]
 
 
 def test_documents_of_one_token_have_no_target():
-    z_BLD = torch.arange(4.0).reshape(1, 4, 1)
-    _, valid_BL = objective.next_implicit_tokens(z_BLD, torch.zeros(1, 4, dtype=torch.long))
-    assert not valid_BL.any()
+    assert not objective.has_next_token(torch.zeros(1, 4, dtype=torch.long)).any()
 
 
 def test_the_last_position_takes_the_state_that_follows_on_another_rank():
     z_BLD, positions_BL = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[4, 5]])
+    assert objective.next_implicit_tokens(z_BLD, _at_end(z_BLD, 7.0)).flatten().tolist() == [2.0, 7.0]
     for following_position, valid in ((6, True), (0, False)):
-        target_BLD, valid_BL = objective.next_implicit_tokens(
-            z_BLD,
-            positions_BL,
-            following_z_BD=torch.tensor([[7.0]]),
-            following_position_B=torch.tensor([following_position]),
-        )
+        valid_BL = objective.has_next_token(positions_BL, torch.tensor([following_position]))
         assert valid_BL.tolist() == [[True, valid]]
-        assert target_BLD[0, 1].item() == 7.0
 
 
-def test_temporal_shift_0_compares_with_the_same_position():
+@pytest.mark.parametrize("runs", [1, 2])
+def test_chunks_of_implicit_tokens_are_parts_of_the_whole(runs):
+    """Cut anywhere, also across the border of two runs, whose last positions have other successors."""
+    z_BLD = torch.arange(8.0).reshape(1, 8, 1)
+    following_BRD = torch.tensor([[[100.0], [200.0]]])[:, :runs]
+    whole = [1, 2, 3, 4, 5, 6, 7, 100] if runs == 1 else [1, 2, 3, 100, 5, 6, 7, 200]
+    assert objective.next_implicit_tokens(z_BLD, following_BRD).flatten().tolist() == whole
+    for start in range(8):
+        for end in range(start + 1, 9):
+            part = objective.next_implicit_tokens(z_BLD, following_BRD, start, end)
+            assert part.flatten().tolist() == whole[start:end]
+
+
+def test_without_a_run_every_position_is_compared_with_itself():
     z_BLD = torch.randn(2, 5, 3)
-    target_BLD, valid_BL = objective.next_implicit_tokens(z_BLD, torch.zeros(2, 5, dtype=torch.long), temporal_shift=0)
-    assert torch.equal(target_BLD, z_BLD) and valid_BL.all()
+    assert torch.equal(objective.next_implicit_tokens(z_BLD, z_BLD[:, :0]), z_BLD)
+    assert torch.equal(objective.next_implicit_tokens(z_BLD, z_BLD[:, :0], 1, 3), z_BLD[:, 1:3])
 
 
 def test_losses_have_the_values_of_their_closed_forms():
@@ -159,11 +170,11 @@ def test_the_regularizer_is_the_mean_cosine_over_all_pairs_with_its_gradient():
     with torch.no_grad():
         sums = [objective.direction_sums(h_BLD[:, part], valid_BL[:, part]) for part in (slice(0, 2), slice(2, 6))]
         directions, counts = (a + b for a, b in zip(*sums))
-    surrogate, value = 0.0, 0.0
-    for part in (slice(0, 2), slice(2, 6)):
-        terms = objective.cosine_regularizer_terms(h_BLD[:, part], valid_BL[:, part], directions, counts)
-        surrogate, value = surrogate + terms[0], value + terms[1]
-    (gradient,) = torch.autograd.grad(surrogate, h_BLD)
+    value = sum(
+        objective.cosine_regularizer_sum(h_BLD[:, part], valid_BL[:, part], directions, counts)
+        for part in (slice(0, 2), slice(2, 6))
+    )
+    (gradient,) = torch.autograd.grad(value, h_BLD)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
@@ -171,7 +182,7 @@ def test_the_regularizer_is_the_mean_cosine_over_all_pairs_with_its_gradient():
 def test_sequences_without_a_pair_cost_nothing():
     h_BLD = torch.randn(1, 3, 4)
     valid_BL = torch.tensor([[False, True, False]])
-    _, value = objective.cosine_regularizer_terms(h_BLD, valid_BL, *objective.direction_sums(h_BLD, valid_BL))
+    value = objective.cosine_regularizer_sum(h_BLD, valid_BL, *objective.direction_sums(h_BLD, valid_BL))
     assert value.item() == 0.0
 
 
@@ -209,7 +220,7 @@ class TestHessian:
 def test_trained_positions_are_those_that_the_shards_find_valid():
     positions_BL = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
     labels_BL = torch.tensor([[5, -100, 5, 5, 5, -100, 5, 5]])
-    _, valid_BL = objective.next_implicit_tokens(torch.zeros(1, 8, 1), positions_BL)
+    valid_BL = objective.has_next_token(positions_BL)
     trained_BL = objective.trained_positions(positions_BL, labels_BL, temporal_shift=1, ignore_index=-100)
     assert torch.equal(trained_BL, valid_BL & (labels_BL != -100))
     assert trained_BL.sum().item() == 3

@@ -64,7 +64,6 @@ RECIPE_MISTAKES = {
         "weight = 1.0\nstart_step = -1",
         r"start_step = -1, but it must be at least 0",
     ),
-    "no chunks": ("weight = 1.0", "weight = 1.0\nnum_chunks = 0", r"num_chunks = 0, but it must be at least 1"),
     "steps out of range": (
         "steps = 10",
         "steps = 0",

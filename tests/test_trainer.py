@@ -124,7 +124,7 @@ def test_the_logged_losses_are_averages_over_the_trained_positions(assets, tmp_p
     next(batches)
     inputs, labels = next(batches)
     tokens, positions = inputs["input"], inputs["positions"]
-    h, target, _ = model(tokens, positions=positions, attention_masks=model.get_attention_masks(positions=positions))
+    h, z, _, _ = model(tokens, positions=positions, attention_masks=model.get_attention_masks(positions=positions))
     ntp, nitp = [], []
     for row in range(4):
         for t in range(128):
@@ -132,7 +132,7 @@ def test_the_logged_losses_are_averages_over_the_trained_positions(assets, tmp_p
                 continue
             ntp.append(-model.lm_head(h[row, t]).log_softmax(-1)[labels[row, t]].item())
             if t + 1 < 128 and positions[row, t + 1] == positions[row, t] + 1:
-                cosine = torch.cosine_similarity(model.nitp.projector(h[row, t]), target[row, t], dim=0)
+                cosine = torch.cosine_similarity(model.nitp.projector(h[row, t]), z[row, t + 1], dim=0)
                 nitp.append(1 - cosine.item())
     assert record["ntp_loss"] == pytest.approx(sum(ntp) / len(ntp), rel=1e-5)
     assert record["nitp_loss"] == pytest.approx(sum(nitp) / len(nitp), rel=1e-5)

@@ -27,7 +27,7 @@ from nitp_titan import nitp, parallelize, trainer
 
 
 def _without_halo(target, runs, group):
-    return [(None, None)] * len(runs)
+    return [(torch.zeros_like(runs[0][0][:, 0]), None)] * len(runs)
 
 
 def _shard_local_shift(target, runs, group):

@@ -248,10 +248,10 @@ def _techniques() -> None:
             _add(
                 f"{model}/{chunks} chunks",
                 2,
-                "chunks of the NITP loss",
+                "chunks of the loss",
                 label=str(chunks),
                 batch=2,
-                nitp={"num_chunks": chunks},
+                loss={"num_chunks": chunks},
             )
         for name, degrees in alone.items():
             _add(f"{model}/full_dtensor, {name}", 2, "full_dtensor", label=name, backend="full_dtensor", **degrees)
