@@ -53,22 +53,51 @@ def next_implicit_tokens(z_BLD: Tensor, following_BRD: Tensor, start: int = 0, e
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Direction of ``x``; a zero vector has none and gets zero, with zero gradient.
+def _direction(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Direction of ``x`` and one over its length; a zero vector has none and gets zero twice, with zero gradient.
 
     Squares of float32 overflow above 1e19 and vanish below 1e-19, so rows far from 1 are scaled by a power of two
     first, which rounds nothing and leaves all others as they are, bit for bit. A vector below the smallest normal
     number (1.2e-38) counts as zero: its gradient, one over its norm, would overflow.
     """
     size = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
-    scaled = x * torch.where(size > 2.0**60, 2.0**-80, torch.where(size < 2.0**-40, 2.0**80, 1.0))
+    scale = torch.where(size > 2.0**60, 2.0**-80, torch.where(size < 2.0**-40, 2.0**80, 1.0))
+    scaled = x * scale
     norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return scaled / torch.where(norm > 2.0 ** (80 - 126), norm, float("inf"))
+    norm = torch.where(norm > 2.0 ** (80 - 126), norm, float("inf"))
+    return scaled / norm, scale / norm
 
 
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """1 - cos(prediction, target) over the last dimension (Eq. 3); 1 for a zero vector."""
-    return 1.0 - (_unit(prediction) * _unit(target)).sum(-1)
+    return 1.0 - (_direction(prediction)[0] * _direction(target)[0]).sum(-1)
+
+
+class _CosineLossSum(torch.autograd.Function):
+    """Sum of `cosine_loss` over valid positions, in float32, with its gradient in closed form.
+
+    It keeps prediction and target as they came, and one number per position. Plain autograd of `cosine_loss` keeps
+    float32 copies of both, makes more on its way back, and takes 2.8 times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        cosine = (_direction(prediction.float())[0] * _direction(target.float())[0]).sum(-1)
+        ctx.save_for_backward(prediction, target, valid, cosine)
+        return torch.where(valid, 1.0 - cosine, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        *vectors, valid, cosine = ctx.saved_tensors
+        directions, inverse_lengths = zip(*(_direction(x.float()) for x in vectors))
+        slope = torch.where(valid, gradient, 0.0)[..., None]
+        gradients: list[Tensor | None] = [None, None]
+        for own, other in ((0, 1), (1, 0)):
+            if ctx.needs_input_grad[own]:
+                # d(1 - u.v)/dx = ((u.v) u - v) / |x|
+                along = cosine[..., None] * directions[own] - directions[other]
+                gradients[own] = (along * (slope * inverse_lengths[own])).to(vectors[own].dtype)
+        return *gradients, None
 
 
 def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -117,6 +146,8 @@ def nitp_loss_sum(
     Returns:
         Scalar, float32. The caller divides by the number of valid positions.
     """
+    if loss is cosine_loss:
+        return _CosineLossSum.apply(prediction_BLD, target_BLD, valid_BL)
     loss_BL = loss(prediction_BLD.float(), target_BLD.float())
     return torch.where(valid_BL, loss_BL, 0.0).sum()
 
@@ -127,7 +158,7 @@ def direction_sums(h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         [batch, dim] float32 and [batch] float32. Both add up over chunks and ranks.
     """
-    unit_BLD = _unit(h_BLD.float()) * valid_BL[..., None]
+    unit_BLD = _direction(h_BLD.float())[0] * valid_BL[..., None]
     return unit_BLD.sum(1), valid_BL.sum(1, dtype=torch.float32)
 
 
@@ -151,7 +182,7 @@ def cosine_regularizer_sum(
         Scalar, float32, summed over sequences. Its gradient is that of these positions in the whole mean, as if s
         depended on them. Sequences with fewer than two valid positions have no pair and count as zero.
     """
-    unit_BLD = _unit(h_BLD.float())
+    unit_BLD = _direction(h_BLD.float())[0]
     pairs_B = counts_B * (counts_B - 1)
     per_pair_B1 = torch.where(pairs_B > 0, 1.0 / pairs_B.clamp(min=1), 0.0)[:, None]
     aligned_BL = (unit_BLD * directions_BD[:, None]).sum(-1)

@@ -122,27 +122,63 @@ def _plain_unit(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0, 1e4, 1e12])
-def test_ordinary_vectors_keep_every_bit_of_loss_and_gradient(monkeypatch, size):
-    vectors = torch.randn(2, 2, 16, 64, generator=torch.Generator().manual_seed(1)) * size
-    vectors[0, 0, 3] = 0.0
+def test_the_direction_of_ordinary_vectors_keeps_every_bit_and_so_does_its_gradient(size):
+    vectors = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1)) * size
+    vectors[0, 3] = 0.0
     seen = []
-    for unit in (objective._unit, _plain_unit):
-        monkeypatch.setattr(objective, "_unit", unit)
-        prediction = vectors[0].clone().requires_grad_()
-        loss = objective.cosine_loss(prediction, vectors[1])
-        loss.sum().backward()
-        seen.append((loss.detach(), prediction.grad))
+    for unit in (lambda x: objective._direction(x)[0], _plain_unit):
+        x = vectors.clone().requires_grad_()
+        direction = unit(x)
+        direction[..., ::2].sum().backward()
+        seen.append((direction.detach(), x.grad))
     assert all(torch.equal(ours, plain) for ours, plain in zip(*seen))
     assert seen[0][1].abs().max() > 0
 
 
-def test_the_cosine_compiles_to_the_same_numbers():
+def _plain_sum(prediction, target, valid):
+    """As `nitp_loss_sum`, differentiated by autograd."""
+    return torch.where(valid, objective.cosine_loss(prediction.float(), target.float()), 0.0).sum()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e25])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-6), (torch.bfloat16, 2.0**-7)])
+def test_the_closed_form_of_the_cosine_has_the_loss_and_both_gradients_of_autograd(dtype, rounding, size):
+    generator = torch.Generator().manual_seed(3)
+    pair = [(torch.randn(2, 16, 64, generator=generator) * scale).to(dtype) for scale in (size, 3.0)]
+    valid = torch.rand(2, 16, generator=generator) < 0.7
+    results = []
+    for function in (objective.nitp_loss_sum, _plain_sum):
+        prediction, target = (x.clone().requires_grad_() for x in pair)
+        total = function(prediction, target, valid)
+        (total * 0.3).backward()
+        results.append((total.detach(), prediction.grad, target.grad))
+    (total, *gradients), (expected_total, *expected) = results
+    assert total.item() == pytest.approx(expected_total.item(), rel=1e-6)
+    for found, plain in zip(gradients, expected):
+        assert found.dtype == dtype and found.isfinite().all()
+        assert (found[~valid] == 0).all()
+        assert (found - plain).float().norm() <= rounding * plain.float().norm()
+
+
+def test_the_closed_form_keeps_nothing_in_float32_that_came_in_bfloat16():
+    kept = []
+    prediction = torch.randn(1, 8, 64, dtype=torch.bfloat16, requires_grad=True)
+    target, valid = torch.randn(1, 8, 64, dtype=torch.bfloat16), torch.ones(1, 8, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        objective.nitp_loss_sum(prediction, target, valid)
+    assert max(x.numel() for x in kept if x.dtype == torch.float32) <= 8
+    assert {x.data_ptr() for x in kept if x.numel() == 512} == {prediction.data_ptr(), target.data_ptr()}
+
+
+@pytest.mark.parametrize("loss", [objective.cosine_loss, objective.nitp_loss_sum])
+def test_the_cosine_compiles_to_the_same_numbers(loss):
     rows = torch.tensor([[0.0] * 8, [3e38] * 8, [1e-30] * 8, [*map(float, range(8))]])[None].requires_grad_()
     target = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2))
-    eager = objective.cosine_loss(rows, target)
-    compiled = torch.compile(objective.cosine_loss, backend="aot_eager", fullgraph=True)(rows, target)
+    extra = () if loss is objective.cosine_loss else (torch.tensor([[True, True, True, True]]),)
+    eager = loss(rows, target, *extra)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(rows, target, *extra)
     torch.testing.assert_close(compiled, eager)
-    expected, found = (torch.autograd.grad(loss.sum(), rows)[0] for loss in (eager, compiled))
+    expected, found = (torch.autograd.grad(value.sum(), rows)[0] for value in (eager, compiled))
     torch.testing.assert_close(found, expected)
 
 
