@@ -86,9 +86,7 @@ def _check_sequence(config) -> None:
             "training", "seq_len", f"{seq_len} is no multiple of CP {cp} x {_MASK_BLOCK}, the attention mask's block."
         )
     if isinstance(config.loss, ChunkedLossWrapper.Config) and seq_len % (config.loss.num_chunks * cp):
-        _refuse(
-            "loss", "num_chunks", f"{config.loss.num_chunks} does not divide a rank's {seq_len} / {cp} positions."
-        )
+        _refuse("loss", "num_chunks", f"{config.loss.num_chunks} does not divide a rank's {seq_len} / {cp} positions.")
 
 
 def _check_geometry(config) -> None:

@@ -225,5 +225,7 @@ class NITPDecoder:
             return h
         z, following, valid = self.nitp.target(z_BLD, positions)
         if measuring:
-            self.meter.see_target(next_implicit_tokens(z, following), positions)
+            with spmd.no_typecheck():
+                target = next_implicit_tokens(z, following)
+            self.meter.see_target(target, positions)
         return (h, z, following, valid) if training else h

@@ -251,7 +251,8 @@ def to_tables(config) -> dict[str, Any]:
         if field.name == "activation_checkpoint":
             document[field.name] = _activation_checkpoint_table(section)
         elif field.name == "loss":
-            document[field.name] = {"num_chunks": section.num_chunks}
+            # A loss that a Python config brings has no name in TOML.
+            document[field.name] = {"num_chunks": getattr(section, "num_chunks", 1)}
         else:
             document[field.name] = _plain(section)
     return document

@@ -15,7 +15,8 @@ from pathlib import Path
 from nitp_titan.config import exit_with, UserError
 from nitp_titan.pretrained import read_models
 from nitp_titan.probe import check, probe, say, Settings
-from nitp_titan.report.probe import as_json, check_writable, tables, write
+from nitp_titan.report.folder import check_writable
+from nitp_titan.report.probe import as_json, tables, write
 
 
 def main() -> None:

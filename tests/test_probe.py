@@ -23,7 +23,8 @@ from nitp_titan.config import UserError
 from nitp_titan.documents import read_documents
 from nitp_titan.pretrained import read_models
 from nitp_titan.probe import check, probe, Settings, tokenized
-from nitp_titan.report.probe import as_json, check_writable, tables, write
+from nitp_titan.report.folder import check_writable
+from nitp_titan.report.probe import as_json, tables, write
 
 
 @pytest.fixture

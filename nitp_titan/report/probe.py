@@ -1,19 +1,17 @@
 """What is written of a probe: tables, figures and the numbers themselves."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from nitp_titan.config import UserError
 from nitp_titan.markdown import table
 from nitp_titan.report import drawing
 from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.figures import COLORS
+from nitp_titan.report.folder import write_folder
 
 Figures = dict[str, Any]
 """Of a state, from `geometry.describe`."""
@@ -139,14 +137,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, table(["setting", "value"], rows)]) + "\n"
 
 
-def check_writable(out: Path) -> None:
-    """Raise UserError unless files can be written into a folder, which need not exist yet. Nothing is made."""
-    existing = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        reason = "may not be written to" if existing.is_dir() else "is no folder"
-        raise UserError(f"--out {out} cannot be written: {existing} {reason}.")
-
-
 def write(result: dict[str, Any], out: Path) -> list[Path]:
     """Write ``geometry.json``, ``geometry.md``, every figure as PNG and SVG, and all in one ``geometry.png``.
 
@@ -156,22 +146,16 @@ def write(result: dict[str, Any], out: Path) -> list[Path]:
     Raises:
         UserError: if they cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out) as scratch:
-            draft = Path(scratch)
-            for one in (drawn := drawings(result)):
-                drawing.write_files(one, draft)
-            if drawn:
-                drawing.write_overview(drawn, draft / "geometry.png")
-            (draft / "geometry.md").write_text(markdown(result), encoding="utf-8")
-            (draft / "geometry.json").write_text(as_json(result) + "\n", encoding="utf-8")
-            names = sorted(path.name for path in draft.iterdir())
-            for name in names:
-                os.replace(draft / name, out / name)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}.") from None
-    return [out / name for name in names]
+
+    def fill(folder: Path) -> None:
+        for one in (drawn := drawings(result)):
+            drawing.write_files(one, folder)
+        if drawn:
+            drawing.write_overview(drawn, folder / "geometry.png")
+        (folder / "geometry.md").write_text(markdown(result), encoding="utf-8")
+        (folder / "geometry.json").write_text(as_json(result) + "\n", encoding="utf-8")
+
+    return write_folder(out, fill)
 
 
 def as_json(result: dict[str, Any]) -> str:

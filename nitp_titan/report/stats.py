@@ -155,10 +155,12 @@ def paired(arm: Arm, baseline: Arm) -> list[tuple[Run, Run]]:
     return [(run, by_seed[run.seed]) for run in arm.runs if run.seed in by_seed]
 
 
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95% percentile bootstrap interval of the mean (Efron 1979), seeded; None for fewer than `ENOUGH_PAIRS` values."""
+def bootstrap_interval(
+    values: Sequence[float], statistic: Callable[[Sequence[float]], float] = mean
+) -> tuple[float, float] | None:
+    """95% percentile bootstrap interval (Efron 1979), seeded; None for fewer than `ENOUGH_PAIRS` values."""
     if len(values) < ENOUGH_PAIRS:
         return None
     generator = random.Random(0)
-    means = sorted(mean(generator.choices(values, k=len(values))) for _ in range(_RESAMPLES))
-    return means[round(0.025 * (_RESAMPLES - 1))], means[round(0.975 * (_RESAMPLES - 1))]
+    found = sorted(statistic(generator.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    return found[round(0.025 * (_RESAMPLES - 1))], found[round(0.975 * (_RESAMPLES - 1))]

@@ -85,6 +85,7 @@ def _add(
     loss: float = 1e-5,
     control: str | None = None,
     label: str | None = None,
+    num_chunks: int | None = None,
     **settings,
 ) -> None:
     """Register a layout: sections of a config, or degrees by the short names of `DEGREES`."""
@@ -98,6 +99,7 @@ def _add(
         "parallelism": parallelism,
         # With NTP alone the layers are not measured, so that the model is TorchTitan's own.
         "geometry": {**_GEOMETRY, "layers": nitp["weight"] > 0},
+        **({} if num_chunks is None else {"loss": {"num_chunks": num_chunks}}),
         **settings,
     }
     LAYOUTS[name] = Layout(
@@ -251,7 +253,7 @@ def _techniques() -> None:
                 "chunks of the loss",
                 label=str(chunks),
                 batch=2,
-                loss={"num_chunks": chunks},
+                num_chunks=chunks,
             )
         for name, degrees in alone.items():
             _add(f"{model}/full_dtensor, {name}", 2, "full_dtensor", label=name, backend="full_dtensor", **degrees)

@@ -102,6 +102,9 @@ _SHAPES = {
     "debug_untied": dict(**_DEBUG, tied=False),
     # The mechanism study's larger vocabulary.
     "debug_16k": dict(**{**_DEBUG, "vocab_size": 16384}, tied=True),
+    # The paper's 9b-A1b at CPU size: as many layers, and the active parameters of a layer (16.5 d^2) and of the
+    # vocabulary (119 d) in the same proportion to the projector's.
+    "ratio_9b": dict(dim=192, n_layers=24, n_heads=6, n_kv_heads=3, hidden_dim=864, vocab_size=22816, tied=False),
     "0.5B": dict(**_PAPER, dim=896, n_layers=24, n_heads=14, n_kv_heads=2, hidden_dim=4864),
     "2B": dict(**_PAPER, dim=1792, n_layers=28, n_heads=14, n_kv_heads=2, hidden_dim=10752),
     "3B": dict(**_PAPER, dim=2560, n_layers=28, n_heads=20, n_kv_heads=4, hidden_dim=10240),
