@@ -1,13 +1,14 @@
 """Text data: local files, Hugging Face datasets and weighted mixtures of them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
@@ -15,7 +16,16 @@ from torchtitan.tools.logging import logger
 from nitp_titan.config import UserError
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.packing import Batch, Documents, PackedText, Stream
-from nitp_titan.data.sources import check_source, how_to_make, open_source, places_of, tokens_of
+from nitp_titan.data.sources import (
+    check_source,
+    how_to_make,
+    is_streamed,
+    open_source,
+    Place,
+    places_of,
+    tokens_of,
+)
+from nitp_titan.data.tokenized import check_tokenizer, TokenFolder, TOKENS
 
 _WORKER_KEYS = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
 
@@ -30,8 +40,8 @@ class TextDataLoader(ParallelAwareDataloader):
     @dataclass(kw_only=True, slots=True)
     class Config(ParallelAwareDataloader.Config):
         dataset: str = "json"
-        """``json`` (JSON lines, also gzipped) or ``parquet`` for local files, else a Hugging Face dataset
-        ``owner/name``."""
+        """``json`` (JSON lines, also gzipped) or ``parquet`` for local files, ``tokens`` for a folder that
+        scripts/tokenize_data.py made, else a Hugging Face dataset ``owner/name``."""
 
         text_field: str | list[str] = "text"
         """Field of a document that holds its text; of several fields the texts are joined by an empty line."""
@@ -59,6 +69,10 @@ class TextDataLoader(ParallelAwareDataloader):
         """Parts that each source is read in, which decides the order of the sequences. A rank reads its own parts
         only where this is a multiple of the number of data-parallel ranks; with 1 every rank reads everything."""
 
+        shuffle: bool = False
+        """Shuffle the documents of each part in the first epoch too; in later ones those of indexed sources always
+        are."""
+
         infinite: bool = True
         """Start again at the end; else a mixture ends with the first source that does."""
 
@@ -80,14 +94,14 @@ class TextDataLoader(ParallelAwareDataloader):
                 "each of them also reads and tokenizes what others train."
             )
         places = places_of(config, "dataloader")
-        opened = [open_source(place) for place in places]
+        opened = [_opened(place, tokenizer) for place in places]
 
         def open_stream(source: int, shard: int, state: dict[str, Any] | None) -> Stream:
-            place = places[source]
+            place, (documents, encode) = places[source], opened[source]
             part = f", part {shard + 1} of {config.num_shards}," if config.num_shards > 1 else ""
             return Stream(
-                partial(Documents, opened[source], shard, config.num_shards),
-                partial(tokens_of, place=place, tokenizer=tokenizer),
+                partial(Documents, documents, shard, config.num_shards, shuffle=config.shuffle),
+                encode,
                 seq_len=seq_len,
                 infinite=config.infinite,
                 name=place.name + part,
@@ -158,6 +172,14 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
+def _opened(place: Place, tokenizer: BaseTokenizer) -> tuple[Dataset | IterableDataset, Callable]:
+    """Documents of a source, and what gives the tokens of one."""
+    if place.source.dataset == TOKENS:
+        folder = TokenFolder(place)
+        return folder.documents(), folder.tokens_of
+    return open_source(place), partial(tokens_of, place=place, tokenizer=tokenizer)
+
+
 def check_sources(config) -> None:
     """Raise UserError unless a ``Trainer.Config``'s tokenizer and local text are there; before anything is built."""
     tokenizer = Path(config.hf_assets_path) / "tokenizer.json"
@@ -173,6 +195,9 @@ def check_sources(config) -> None:
     for table, source in sources.items():
         if isinstance(source, TextDataLoader.Config):
             check_dataset(source, table)
+            for place in places_of(source, table):
+                if place.source.dataset == TOKENS:
+                    check_tokenizer(place, config.hf_assets_path)
 
 
 def check_dataset(config: TextDataLoader.Config, table: str = "dataloader") -> None:
@@ -196,3 +221,10 @@ def check_dataset(config: TextDataLoader.Config, table: str = "dataloader") -> N
         )
     for place in places_of(config, table):
         check_source(place)
+        if config.shuffle and is_streamed(place.source):
+            raise UserError(
+                f"[{table}] shuffle = true, but '{place.name}' is streamed, and only an indexed source can be shuffled "
+                "and gone on with exactly: set its streaming = false, or tokenize it (scripts/tokenize_data.py).",
+                table=table,
+                key="shuffle",
+            )

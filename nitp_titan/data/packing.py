@@ -20,7 +20,7 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.logging import logger
 
-# Of the shuffle of every epoch after the first; TorchTitan's text datasets have the same.
+# Of the shuffle of every epoch, plus its number; TorchTitan's text datasets have the same.
 _SHUFFLE_SEED = 42
 
 
@@ -44,15 +44,25 @@ class Batch(NamedTuple):
 
 
 class Documents:
-    """Documents of one shard of a source, epoch after epoch; an indexed source is shuffled from the second on.
+    """Documents of one shard of a source, epoch after epoch; an indexed source is shuffled, by default from the second.
 
     Args:
         source: an indexed or a streamed data set of Hugging Face ``datasets``.
         shard, num_shards: which part of it.
         state: from `state`, to go on from; None for the beginning.
+        shuffle: whether an indexed source is shuffled in the first epoch too.
     """
 
-    def __init__(self, source: Dataset | IterableDataset, shard: int, num_shards: int, state: dict[str, Any] | None):
+    def __init__(
+        self,
+        source: Dataset | IterableDataset,
+        shard: int,
+        num_shards: int,
+        state: dict[str, Any] | None,
+        *,
+        shuffle: bool = False,
+    ):
+        self._shuffle = shuffle
         if isinstance(source, Dataset):
             self._source = source.shard(num_shards, shard) if shard < len(source) else source.select(range(0))
         elif source.num_shards >= num_shards:
@@ -71,7 +81,8 @@ class Documents:
 
     def _iterator(self) -> Iterator[dict[str, Any]]:
         if isinstance(self._source, Dataset):
-            source = self._source if self.epoch == 0 else self._source.shuffle(seed=_SHUFFLE_SEED + self.epoch)
+            shuffled = self._shuffle or self.epoch > 0
+            source = self._source.shuffle(seed=_SHUFFLE_SEED + self.epoch) if shuffled else self._source
             return iter(source.skip(self._read)) if self._read < len(source) else iter(())
         # A state that was loaded counts for its own epoch only.
         self._source.set_epoch(self.epoch)
@@ -122,7 +133,7 @@ class Stream:
     def __init__(
         self,
         documents: Callable[[dict[str, Any] | None], Documents],
-        tokens_of: Callable[[dict[str, Any]], list[int]],
+        tokens_of: Callable[[dict[str, Any]], list[int] | Tensor],
         *,
         seq_len: int,
         infinite: bool,
@@ -167,7 +178,7 @@ class Stream:
             self._documents.start_epoch()
             logger.info(f"{self._name} is read again from its beginning (epoch {self._documents.epoch})")
             return True
-        tokens = torch.tensor(self._tokens_of(document), dtype=torch.int64)
+        tokens = torch.as_tensor(self._tokens_of(document), dtype=torch.int64)
         if len(tokens) > 1:
             self._found_any = True
             self._pending.append(_Pending(state, tokens))

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-from datasets import load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from nitp_titan.config import nearest, UserError
 from nitp_titan.data.mixtures import MIXTURES, TextSource
+from nitp_titan.data.tokenized import check_tokens, TOKENS
 from nitp_titan.hub import TOKENIZERS, without_download_counts
 
 # Files of a folder. Plain *.json is left out: a folder of text often holds a manifest of that name.
@@ -81,11 +82,13 @@ def check_source(place: Place) -> None:
         raise place.error("text_field", f" = {source.text_field!r} names no field.")
     if source.dataset in _PATTERNS:
         _check_files(place)
+    elif source.dataset == TOKENS:
+        check_tokens(place)
     elif "/" not in source.dataset:
         raise place.error(
             "dataset",
-            f" = '{source.dataset}' is neither 'json' nor 'parquet' nor a Hugging Face dataset 'owner/name'."
-            f"{nearest(source.dataset, [*_PATTERNS])}",
+            f" = '{source.dataset}' is neither 'json' nor 'parquet' nor '{TOKENS}' nor a Hugging Face dataset "
+            f"'owner/name'.{nearest(source.dataset, [*_PATTERNS, TOKENS])}",
         )
 
 
@@ -115,7 +118,7 @@ def _check_files(place: Place) -> None:
 def local_files(path: str, kind: str = "json") -> list[str]:
     """Files that a path, a folder or a glob pattern names, sorted; of a folder those of the kind json or parquet."""
     folder = Path(path)
-    patterns = [str(folder / pattern) for pattern in _PATTERNS[kind]] if folder.is_dir() else [path]
+    patterns = [str(folder / pattern) for pattern in _PATTERNS.get(kind, ())] if folder.is_dir() else [path]
     return sorted(name for pattern in patterns for name in glob.glob(pattern) if Path(name).is_file())
 
 
@@ -131,11 +134,17 @@ def _first_row(file: str) -> dict[str, Any] | None:
         return next(rows, None)
 
 
-def open_source(place: Place):
-    """The data set of a source, indexed or streamed; UserError if it cannot be opened."""
+def is_streamed(source: TextSource) -> bool:
+    """Whether a source is read on the fly; else it is indexed."""
+    if source.streaming is None:
+        return source.dataset not in (*_PATTERNS, TOKENS)
+    return source.streaming
+
+
+def open_source(place: Place) -> Dataset | IterableDataset:
+    """The data set of a source of text, indexed or streamed; UserError if it cannot be opened."""
     source, path = place.source, place.name
-    is_local = source.dataset in _PATTERNS
-    streaming = not is_local if source.streaming is None else source.streaming
+    is_local, streaming = source.dataset in _PATTERNS, is_streamed(source)
     without_download_counts()
     try:
         if is_local:

@@ -12,6 +12,7 @@ from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import MIXTURES
 from nitp_titan.data.sources import local_files
+from nitp_titan.data.tokenized import MANIFEST, tokenizer_hashes, TOKENS
 from nitp_titan.files import sha256
 from nitp_titan.run import provenance, run_folder
 
@@ -50,20 +51,29 @@ def facts(config, start: run_folder.Start) -> dict[str, Any]:
     found = run_folder.named(schema.to_tables(config))
     found["nitp_titan code"] = provenance.code_hash()[:_DIGITS]
     found |= provenance.versions()
-    for path in sorted(Path(config.hf_assets_path).glob("tokenizer*.json")):
-        found[f"hash of {path}"] = sha256(path)[:_DIGITS]
+    for file, digest in tokenizer_hashes(config.hf_assets_path).items():
+        found[f"hash of {Path(config.hf_assets_path) / file}"] = digest[:_DIGITS]
     for name, loader in (("dataloader", config.dataloader), ("validator.dataloader", config.validator.dataloader)):
         if isinstance(loader, TextDataLoader.Config) and (name == "dataloader" or config.validator.enable):
             found |= {f"size of {path}": Path(path).stat().st_size for path in _files(loader)}
+            # It holds the hashes of the files of tokens.
+            found |= {f"hash of {path}": sha256(path)[:_DIGITS] for path in _manifests(loader)}
     found["--overwrite"] = bool(start.set_aside)
     found["checkpoint to go on from"] = start.from_step
     return found
 
 
 def _files(loader: TextDataLoader.Config) -> list[str]:
-    sources = loader.sources or MIXTURES.get(loader.mixture) or [loader]
-    places = [(source.dataset_path, source.dataset) for source in sources if source.dataset_path]
+    places = [(source.dataset_path, source.dataset) for source in _sources(loader) if source.dataset_path]
     return [file for path, kind in places for file in local_files(path, kind)]
+
+
+def _manifests(loader: TextDataLoader.Config) -> list[Path]:
+    return [Path(source.dataset_path) / MANIFEST for source in _sources(loader) if source.dataset == TOKENS]
+
+
+def _sources(loader: TextDataLoader.Config) -> list:
+    return loader.sources or MIXTURES.get(loader.mixture) or [loader]
 
 
 def check(mine: dict[str, Any]) -> list[str]:
