@@ -12,7 +12,6 @@ from typing import Any, get_args, get_origin, Literal
 
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import default_adamw, OptimizersContainer
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
@@ -23,6 +22,7 @@ from nitp_titan.meter import ProbingValidator
 from nitp_titan.models import build_model_spec
 from nitp_titan.ranges import OPTIMIZER_RANGES
 from nitp_titan.recipe import Settings
+from nitp_titan.tokenizer import CachedTokenizer
 from nitp_titan.trainer import NITPTrainer
 
 _FLAG = re.compile(r"\b([a-z_]+)\.([a-z_]+)\b")
@@ -80,7 +80,7 @@ def _defaults(spec: ModelSpec) -> dict[str, Any]:
         "loss": ChunkedLossWrapper.Config(loss_fn=cross_entropy),
         "dataloader": TextDataLoader.Config(),
         "validator": ProbingValidator.Config(dataloader=TextDataLoader.Config(infinite=False), steps=10),
-        "tokenizer": HuggingFaceTokenizer.Config(),
+        "tokenizer": CachedTokenizer.Config(),
     }
     elsewhere = ("model", "model_spec", *TOP_KEYS, *_FLAGS)
     fields = [field for field in dataclasses.fields(NITPTrainer.Config) if field.name not in elsewhere]

@@ -11,6 +11,7 @@ The same command goes on with a run that was stopped. --resume goes on with one 
 """
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -58,6 +59,19 @@ def _located(error: UserError, arguments: list[str]) -> UserError:
     return UserError(settings.place(error.table, error.key) + str(error))
 
 
+def import_torchtitan():
+    """TorchTitan's entry point, imported without looking for garbage: a second less on the CPU.
+
+    Python's collector would go through the same growing million of objects again and again, all of which stay.
+    """
+    gc.disable()
+    from torchtitan import train
+
+    gc.freeze()
+    gc.enable()
+    return train
+
+
 def main() -> None:
     arguments: list[str] = []
     try:
@@ -66,11 +80,8 @@ def main() -> None:
             print(__doc__)
         path = recipe.find(arguments[3].partition("@")[0], "recipes")
         recipe.read_toml(path)
-
-        from torchtitan import train
-
         sys.argv[1:] = arguments
-        train.main()
+        import_torchtitan().main()
     except UserError as error:
         exit_with(_located(error, arguments))
 

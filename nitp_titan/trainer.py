@@ -41,6 +41,7 @@ from nitp_titan.loss import ChunkedLoss, find_loss, NITPLoss
 from nitp_titan.lr_scheduler import WSDSchedulers
 from nitp_titan.meter import GeometryMeter, measured_states, ProbingValidator
 from nitp_titan.metrics import NITPMetrics
+from nitp_titan.models import meta_tensors
 from nitp_titan.objective import trained_positions
 from nitp_titan.ranges import check_ranges
 from nitp_titan.run import agreement, credentials, run_folder
@@ -89,13 +90,15 @@ class NITPTrainer(Trainer):
         check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         check_sources(config)
         spec, loss = model_spec_with_nitp(config), loss_with_nitp(config)
-        check_run(config, spec)
-        check_last_save(config, spec)
+        # Built once for all checks, none of which looks at it without checkpoints.
+        tensors = meta_tensors(spec) if config.checkpoint.enable else {}
+        check_run(config, spec, tensors)
+        check_last_save(config, spec, tensors)
         start = run_folder.find_start(config)
         if not start.set_aside:
-            check_resume(config, spec)
+            check_resume(config, tensors)
         if start.from_step is None:
-            config = check_initial_load(config, spec)
+            config = check_initial_load(config, spec, tensors)
         self._run = config, start
         super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
         if config.nitp.enabled:

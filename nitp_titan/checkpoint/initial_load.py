@@ -18,7 +18,7 @@ from torchtitan.tools.logging import logger
 from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.config import nearest, UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX
-from nitp_titan.models import hf_config, meta_tensors
+from nitp_titan.models import hf_config
 
 # Of a Hugging Face model, what a model here computes by itself.
 _COMPUTED = ("rotary_emb.inv_freq",)
@@ -26,13 +26,14 @@ _COMPUTED = ("rotary_emb.inv_freq",)
 _NOT_COMPARED = ("architectures", "rope_theta", "rope_parameters", "rope_scaling")
 
 
-def check_initial_load(config, spec: ModelSpec):
+def check_initial_load(config, spec: ModelSpec, tensors: dict[str, Tensor]):
     """Check the initial checkpoint of a ``Trainer.Config`` and log what will be loaded and what is new.
 
     For runs without checkpoints of their own: TorchTitan goes on from these first.
 
     Args:
         spec: the model to be trained, its projector included.
+        tensors: of the model, as `meta_tensors` gives them.
 
     Returns:
         The config; where ``initial_load_path`` named a whole run it names its latest step.
@@ -48,10 +49,10 @@ def check_initial_load(config, spec: ModelSpec):
     try:
         if not settings.initial_load_in_hf:
             checkpoint = Checkpoint(Path(path))
-            logger.info(_check_native(checkpoint, config, meta_tensors(spec)))
+            logger.info(_check_native(checkpoint, config, tensors))
             return replace(config, checkpoint=replace(settings, initial_load_path=str(checkpoint.folder)))
         if not settings.initial_load_in_hf_quantized:
-            logger.info(_check_hf(Path(path), hf_config(config.model, spec), spec))
+            logger.info(_check_hf(Path(path), hf_config(config.model, spec), spec, tensors))
         return config
     except UserError as error:
         reason = f"[checkpoint] initial_load_path: {error}"
@@ -83,12 +84,11 @@ def _check_native(checkpoint: Checkpoint, config, tensors: dict[str, Tensor]) ->
     return _message(checkpoint.folder, len(tensors) - len(new), states, new, unused)
 
 
-def _check_hf(folder: Path, settings: dict[str, Any], spec: ModelSpec) -> str:
+def _check_hf(folder: Path, settings: dict[str, Any], spec: ModelSpec, tensors: dict[str, Tensor]) -> str:
     """Compare a Hugging Face model with the ``config.json`` and the tensors that the recipe's model would have."""
     theirs = _read_config(folder)
     _check_settings(folder, settings, theirs)
     adapter = spec.state_dict_adapter(spec.model, None)
-    tensors = meta_tensors(spec)
     wanted = adapter.to_hf(dict(tensors))
     found = _safetensors_shapes(folder)
     for name, tensor in wanted.items():

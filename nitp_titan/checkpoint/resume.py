@@ -2,22 +2,21 @@
 
 from pathlib import Path
 
+from torch import Tensor
 from torchtitan.components.checkpointer.base import DATALOADER
-from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.filesystem import is_remote
 
 from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.checkpoint.steps import complete_steps, INDEX, METADATA
 from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
-from nitp_titan.models import meta_tensors
 
 
-def check_resume(config, spec: ModelSpec) -> None:
+def check_resume(config, tensors: dict[str, Tensor]) -> None:
     """Check the checkpoint that a ``Trainer.Config`` would go on from; nothing is checked where there is none.
 
     Args:
-        spec: the model to be trained, its projector included.
+        tensors: of the model to be trained, its projector included.
 
     Raises:
         UserError: naming the checkpoint and what does not fit or is damaged.
@@ -32,13 +31,13 @@ def check_resume(config, spec: ModelSpec) -> None:
     checkpoint = Checkpoint(step)
     if checkpoint.step == 0:
         # A seed: TorchTitan loads its model only.
-        return checkpoint.check_model(meta_tensors(spec))
+        return checkpoint.check_model(tensors)
     if not checkpoint.has_optimizer:
         raise UserError(
             f"{step} holds the model only, as the last step does with [checkpoint] last_save_model_only = true: "
             "the run has ended. Train on in another dump_folder with [checkpoint] initial_load_path."
         )
-    checkpoint.check_model(meta_tensors(spec))
+    checkpoint.check_model(tensors)
     if DATALOADER not in settings.exclude_from_loading and isinstance(config.dataloader, TextDataLoader.Config):
         _check_data(checkpoint, config.dataloader.num_shards)
 

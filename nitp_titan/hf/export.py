@@ -236,19 +236,20 @@ class Export:
         }
 
 
-def check_last_save(config, spec: ModelSpec) -> None:
+def check_last_save(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
     """Raise UserError unless every tensor of a model can be saved by ``last_save_in_hf`` at the end of its training.
 
     Args:
         config: a ``Trainer.Config``.
         spec: the model to be trained, its projector included.
+        tensors: of the model, as `meta_tensors` gives them.
     """
     if not (config.checkpoint.enable and config.checkpoint.last_save_in_hf):
         return
     try:
         settings = hf_config(config.model, spec)
         adapter = spec.state_dict_adapter(spec.model, None)
-        sources = {name: _named(adapter, name, tensor) for name, tensor in meta_tensors(spec).items()}
+        sources = {name: _named(adapter, name, tensor) for name, tensor in tensors.items()}
         orphans = [n for n in _without_counterpart(sources, settings) if not n.startswith(PROJECTOR_PREFIX)]
         architecture = settings["architectures"][0]
         require(not orphans, architecture, f"'{next(iter(orphans), '')}' has no counterpart there")

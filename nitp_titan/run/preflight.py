@@ -7,6 +7,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from torch import Tensor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config.override import _REGISTRY, _resolve_active, _resolve_target
 from torchtitan.observability.structured_logger import structured_logging
@@ -14,22 +15,22 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.filesystem import is_remote
 
 from nitp_titan.config import nearest, UserError
-from nitp_titan.models import meta_tensors
 
 # TorchTitan asks this variable for what begins its log.
 _LOG_FACTORY = "TITAN_STRUCT_LOGGER_HANDLERS"
 
 
-def check_run(config, spec: ModelSpec) -> None:
+def check_run(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
     """Raise UserError for what a ``Trainer.Config`` names and is not there, or a folder that cannot take the run.
 
     Args:
         spec: the model to be trained, its projector included.
+        tensors: of the model, as `meta_tensors` gives them; not looked at without checkpoints.
     """
     _check_overrides(config.override.imports)
     _check_tokenizer(config, spec)
     check_writable(config.dump_folder)
-    _check_room(config, spec)
+    _check_room(config, tensors)
 
 
 def _check_overrides(imports: list) -> None:
@@ -103,15 +104,15 @@ def install_log() -> None:
     os.environ.setdefault(_LOG_FACTORY, f"{begin_log.__module__}.{begin_log.__name__}")
 
 
-def checkpoint_bytes(config, spec: ModelSpec) -> int:
+def checkpoint_bytes(config, tensors: dict[str, Tensor]) -> int:
     """Bytes of the largest checkpoint that a run saves: its model, and what the optimizer keeps of each parameter.
 
     Args:
-        spec: the model to be trained, its projector included.
+        tensors: of the model to be trained, its projector included.
     """
     settings, steps = config.checkpoint, config.training.steps
     element = {"float32": 4, "bfloat16": 2}[config.training.dtype]
-    numbers = sum(tensor.numel() for tensor in meta_tensors(spec).values())
+    numbers = sum(tensor.numel() for tensor in tensors.values())
     if steps < settings.interval and settings.last_save_model_only and not settings.enable_first_step_checkpoint:
         return numbers * {"float32": 4, "bfloat16": 2, "float16": 2}[settings.export_dtype]
     adam = all(group.optimizer_name in ("Adam", "AdamW") for group in config.optimizer.param_groups)
@@ -120,12 +121,12 @@ def checkpoint_bytes(config, spec: ModelSpec) -> int:
     return numbers * (element + (2 if adam else 1) * state)
 
 
-def _check_room(config, spec: ModelSpec) -> None:
+def _check_room(config, tensors: dict[str, Tensor]) -> None:
     settings = config.checkpoint
     if not settings.enable or settings.load_only or is_remote(config.dump_folder) or is_remote(settings.folder):
         return
     folder = _existing(os.path.join(config.dump_folder, settings.folder))
-    free, needed = shutil.disk_usage(folder).free, checkpoint_bytes(config, spec)
+    free, needed = shutil.disk_usage(folder).free, checkpoint_bytes(config, tensors)
     if free < needed:
         raise UserError(
             f"dump_folder = '{config.dump_folder}': one checkpoint needs {_gb(needed)} and the disk has {_gb(free)} "

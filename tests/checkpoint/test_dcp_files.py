@@ -20,6 +20,7 @@ from nitp_titan.checkpoint.initial_load import check_initial_load
 from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.config import UserError
 from nitp_titan.hf.export import Export
+from nitp_titan.models import meta_tensors
 from nitp_titan.trainer import model_spec_with_nitp
 
 SETTINGS = {"generated_data": False, "training": {"seq_len": 128, "local_batch_size": 2, "global_batch_size": 2}}
@@ -91,7 +92,8 @@ def _start_from_remote(trainer, step: Path):
 
 def _check_start(trainer, step: Path):
     config = make_config(step / "nothing", checkpoint={"enable": True, "initial_load_path": str(step)}, **SETTINGS)
-    check_initial_load(config, model_spec_with_nitp(config))
+    spec = model_spec_with_nitp(config)
+    check_initial_load(config, spec, meta_tensors(spec))
 
 
 def _export(trainer, step: Path):

@@ -8,6 +8,7 @@ from torchtitan.config import OverrideConfig
 
 from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.models import meta_tensors
 from nitp_titan.run.preflight import checkpoint_bytes
 
 
@@ -29,18 +30,18 @@ def test_an_override_that_does_not_exist_is_refused(assets, tmp_path, name, mess
 
 def test_the_room_for_a_checkpoint_is_what_the_run_saves(assets, tmp_path):
     config = make_config(tmp_path, training={"steps": 3}, checkpoint={"interval": 2, "last_save_model_only": True})
-    spec = config.model_spec
+    tensors = meta_tensors(config.model_spec)
     parameters = 1_192_800
     # A number and Adam's two moments.
-    assert checkpoint_bytes(config, spec) == 12 * parameters
+    assert checkpoint_bytes(config, tensors) == 12 * parameters
     config.training.dtype = "bfloat16"
-    assert checkpoint_bytes(config, spec) == 6 * parameters
+    assert checkpoint_bytes(config, tensors) == 6 * parameters
     config.training.dtype = "float32"
     config.optimizer.implementation = "fused_opt_states_bf16"
-    assert checkpoint_bytes(config, spec) == 8 * parameters
+    assert checkpoint_bytes(config, tensors) == 8 * parameters
     # Only the last step is saved, and of it the model.
     config.checkpoint.interval, config.checkpoint.export_dtype = 4, "bfloat16"
-    assert checkpoint_bytes(config, spec) == 2 * parameters
+    assert checkpoint_bytes(config, tensors) == 2 * parameters
 
 
 def test_a_document_longer_than_the_sequence_is_no_mistake(assets, tmp_path):
