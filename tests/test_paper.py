@@ -189,7 +189,7 @@ def test_a_recipes_head_tells_source_command_cost_and_what_to_expect(name):
     head = catalog.header(recipe.find(name, "recipes"))
     assert set(head) == set(catalog.LABELS)
     assert f"--recipe recipes/{name}.toml" in head["Run"]
-    if name.startswith(("debug/", "study/")):
+    if name.startswith(("debug/", "study/", "overhead/")):
         return
     machine = head["Run"].partition("train_configs/")[2].removesuffix(".toml")
     assert machine in catalog.machines_for(name)

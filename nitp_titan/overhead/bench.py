@@ -15,11 +15,14 @@ from nitp_titan import cpu, dry_run, recipe
 from nitp_titan.assets import prepare_stdlib_assets
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.layout import data_parallel_ranks
+from nitp_titan.overhead import counted
 from nitp_titan.overhead.arms import arm_configs, NAMES
 from nitp_titan.overhead.measure import measure, peak_bytes
 from nitp_titan.run import provenance
 
 _ASSETS = "assets/stdlib"
+# Of a step on a CPU, where larger ones only take longer.
+_CPU_TOKENS = 1024
 # Largest first; the states of all three arms may take so much of a GPU, the rest is for activations.
 _DENSE = ("dense/nitp_3b", "dense/nitp_2b", "dense/nitp_0.5b", "scaling/nitp_150m", "scaling/nitp_50m")
 _STATES_SHARE = 0.6
@@ -85,9 +88,22 @@ def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: i
     return found
 
 
+def full_size() -> dict[str, Any]:
+    """The paper's models: `counted.full_size` and `counted.communication`."""
+    return {**counted.full_size(say), "communication": counted.communication(say)}
+
+
+def growth() -> dict[str, Any]:
+    """As `counted.growth`."""
+    return counted.growth(say)
+
+
 def _changes(config) -> dict[str, Any]:
     ranks = data_parallel_ranks(config.parallelism, int(os.environ["WORLD_SIZE"]))
-    local = max(1, min(config.training.local_batch_size, config.training.global_batch_size // ranks))
+    local = min(config.training.local_batch_size, config.training.global_batch_size // ranks)
+    if cpu.active():
+        local = min(local, _CPU_TOKENS // config.training.seq_len)
+    local = max(1, local)
     training = dataclasses.replace(config.training, local_batch_size=local, global_batch_size=local * ranks)
     loader = TextDataLoader.Config(dataset="json", dataset_path=f"{_ASSETS}/train.jsonl")
     return {"training": training, "dataloader": loader, "hf_assets_path": _ASSETS}
