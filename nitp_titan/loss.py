@@ -12,8 +12,9 @@ import torch.distributed._functional_collectives as funcol
 from torch import nn, Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchtitan.components.loss import ChunkedLossWrapper, IGNORE_INDEX
+from torchtitan.components.loss import ChunkedLossWrapper, GradAccumulator, IGNORE_INDEX
 from torchtitan.config import CompileConfig
+from torchtitan.models.common.feed_forward import FeedForward
 
 from nitp_titan.config import NITPConfig, UserError
 from nitp_titan.meter import GeometryMeter, HIDDEN, PROJECTED
@@ -86,31 +87,19 @@ class ChunkedLoss(ChunkedLossWrapper):
         return super().__call__(pred, labels, global_valid_tokens, **loss_inputs)
 
 
-@dataclass
-class _Chunks:
-    """What the chunks of one loss call share."""
-
-    term: Callable[[Tensor, Tensor, slice], Tensor]
-    """Auxiliary term, a sum over some positions, from their hidden states, labels and place."""
-
-    ntp: Tensor
-    value: Tensor
-    gradient_square: Tensor
-    """Of the weighted term's gradient of the hidden states."""
-
-    hidden: Tensor | None = None
-    """Hidden states of the chunk at hand, a leaf of its graph."""
-
-    start: int = 0
-    index: int = 0
+# Numbers of 2 bytes that exist for each token in a chunk of a loss: of the projector's hidden width (gate, up, their
+# product, its gradient ...), and of the vocabulary (logits, and in float32 their log-softmax and gradient).
+_PROJECTOR_NUMBERS, _LOGIT_NUMBERS = 8, 5
 
 
 class NITPLoss(ChunkedLoss):
     """NTP cross-entropy as in TorchTitan, plus ``weight`` times the auxiliary objective.
 
-    The auxiliary term is part of the loss of each chunk of the cross-entropy: the hidden states are split once, each
-    chunk is differentiated once, and the projector's activations never exist for all positions. The step's weight and
-    divisor live in tensors that are written in place: CUDA graphs replay the step with whatever they hold.
+    Like the cross-entropy and after it, the auxiliary term is computed and differentiated chunk by chunk of the
+    sequence, in as few chunks as need no more memory than those of the cross-entropy. The projector's gathered weights
+    and gradient (12 d^2 in bfloat16 and in float32) then never exist beside those of the unembedding and the logits,
+    where memory is at its peak. The step's weight and divisor live in tensors that are written in place: CUDA graphs
+    replay the step with whatever they hold.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -124,17 +113,6 @@ class NITPLoss(ChunkedLoss):
         self.fn = nitp_loss_sum
         self._maybe_compile(compile_config)
         self.projector: nn.Module | None = None
-        self.ntp_loss, self.loss_fn = self.loss_fn, self._chunk_loss
-        self._chunks: _Chunks | None = None
-
-    def set_lm_head(self, lm_head: nn.Module) -> None:
-        """As `ChunkedLossWrapper.set_lm_head`."""
-        super().set_lm_head(lm_head)
-        lm_head.register_forward_pre_hook(self._see_hidden)
-
-    def _see_hidden(self, lm_head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self._chunks is not None:
-            self._chunks.hidden = inputs[0]
 
     def prepare(self, projector: nn.Module | None, *, num_microbatches: int, device: torch.device) -> None:
         """Give the loss its projector and its per-step tensors; once, after the model is built.
@@ -145,12 +123,22 @@ class NITPLoss(ChunkedLoss):
             device: where the loss is computed.
         """
         self.projector = projector
+        self.num_nitp_chunks = self._fewest_chunks()
         self.weight = torch.zeros((), device=device)
         self.num_terms = torch.ones((), device=device)
         # NTP part, NITP part and norm of the NITP part's gradient of h, of the last micro-batches, newest first.
         # A shift register, not a sum: the metadata pass of the first pipeline step simply falls out at the end.
         self.figures = torch.zeros(num_microbatches, 3, device=device)
         self.parts = self.figures[:, :2]
+
+    def _fewest_chunks(self) -> int:
+        """A divisor of the cross-entropy's chunks. Each costs a pass over the projector's weights and gradient."""
+        if not isinstance(self.projector, FeedForward):
+            return 1
+        projected = _PROJECTOR_NUMBERS * self.projector.w1.out_features
+        wanted = self.num_chunks * projected / (_LOGIT_NUMBERS * self.lm_head.out_features)
+        divisors = (n for n in range(1, self.num_chunks) if self.num_chunks % n == 0 and n >= wanted)
+        return next(divisors, self.num_chunks)
 
     def set_step(self, *, weight: float, num_terms: Tensor) -> None:
         """Set the step's weight and the global number of terms that the objective averages."""
@@ -179,55 +167,42 @@ class NITPLoss(ChunkedLoss):
         if not h_BLD.requires_grad:
             self._show_projection(h_BLD, labels)
             return super().compute(h_BLD, labels, global_valid_tokens, **loss_inputs)
+        ntp, metrics = super().compute(h_BLD, labels, global_valid_tokens, **loss_inputs)
         with spmd.local(), spmd.no_typecheck():
             learning = [z.detach().requires_grad_() for z in target[:1] if z.requires_grad]
             if self.settings.objective == "cosine_regularizer":
                 term = self._regularizer_term(h_BLD, labels)
             else:
                 term = self._nitp_term(*learning or target[:1], *target[1:], labels)
-            zero = torch.zeros((), dtype=torch.float32, device=self.weight.device)
-            self._chunks = chunks = _Chunks(term, ntp=zero, value=zero, gradient_square=zero)
-        with _unsharded_projector(self.projector) as self._before_last_chunk:
-            loss, metrics = super().compute(h_BLD, labels, global_valid_tokens, **loss_inputs)
-        self._chunks = None
-        with spmd.local(), spmd.no_typecheck():
-            newest = torch.stack([chunks.ntp, chunks.value, chunks.gradient_square.sqrt()])
+            with _unsharded_projector(self.projector, self.lm_head) as before_last_chunk:
+                gradient, value = self._chunked(term, h_BLD, labels, before_last_chunk)
+            newest = torch.stack([local(ntp).detach().float(), value, torch.linalg.vector_norm(gradient)])
             self.figures.copy_(torch.cat([newest[None], self.figures[:-1]]))
+            total = self._gradient_backprop(
+                local(h_BLD), gradient.to(h_BLD.dtype), self.weight * value, self.lm_head, False
+            )
             for z, leaf in zip(target, learning):
                 # Without stop-gradient; its value is in the loss already.
-                share = self._gradient_backprop(z, leaf.grad, torch.zeros_like(chunks.value), self.lm_head, False)
-                loss = loss + _placed_as(loss, share)
-            return loss, metrics
+                total = total + self._gradient_backprop(z, leaf.grad, torch.zeros_like(value), self.lm_head, False)
+            return ntp + _placed_as(ntp, total), metrics
 
-    def _chunk_loss(
-        self, logits: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a chunk, which ChunkedLossWrapper differentiates."""
-        loss, metrics = self.ntp_loss(logits, labels, global_valid_tokens, **loss_inputs)
-        chunks = self._chunks
-        if chunks is None:
-            return loss, metrics
-        is_type_checking = spmd.is_type_checking()
-        with spmd.no_typecheck():
-            if chunks.index == self.num_chunks - 1:
-                self._before_last_chunk()
-            # An alias, whose gradient is that of the auxiliary term alone.
-            hidden = chunks.hidden.view_as(chunks.hidden)
-            hidden.register_hook(self._see_gradient)
-            labels = local(labels)
-            positions = slice(chunks.start, chunks.start + labels.shape[1])
-            share = chunks.term(hidden, labels, positions) / self.num_terms
-            chunks.ntp = chunks.ntp + local(loss).detach().float()
-            chunks.value = chunks.value + share.detach()
-            chunks.start, chunks.index, chunks.hidden = positions.stop, chunks.index + 1, None
-            loss = loss + _placed_as(loss, self.weight * share)
-            if is_type_checking:
-                spmd.assert_type(loss, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})
-        return loss, metrics
-
-    def _see_gradient(self, gradient: Tensor) -> None:
-        norm = torch.linalg.vector_norm(local(gradient), dtype=torch.float32)
-        self._chunks.gradient_square = self._chunks.gradient_square + norm.square()
+    def _chunked(
+        self, term: Callable, h_BLD: Tensor, labels: Tensor, before_last_chunk: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted term's gradient of the hidden states, float32, chunk by chunk, and its plain value."""
+        num_chunks = self.num_nitp_chunks
+        gradient = GradAccumulator(local(h_BLD), num_chunks=num_chunks, dtype=torch.float32)
+        value, start = torch.zeros((), dtype=torch.float32, device=self.weight.device), 0
+        parts = [local(x).chunk(num_chunks, dim=1) for x in (h_BLD.detach(), labels)]
+        for index, (h, labels) in enumerate(zip(*parts)):
+            if index == num_chunks - 1:
+                before_last_chunk()
+            leaf = h.contiguous().requires_grad_()
+            share = term(_placed_as(h_BLD, leaf), labels, slice(start, start + labels.shape[1])) / self.num_terms
+            (self.weight * share).backward()
+            gradient.add(leaf.grad)
+            value, start = value + share.detach(), start + labels.shape[1]
+        return gradient.result(), value
 
     def _nitp_term(self, z_BLD: Tensor, following_BRD: Tensor, valid_BL: Tensor, labels: Tensor) -> Callable:
         show = self._projection_shower(labels)
@@ -285,7 +260,7 @@ def _placed_as(reference: Tensor, part: Tensor) -> Tensor:
 
 
 @contextmanager
-def _unsharded_projector(projector: nn.Module) -> Iterator[Callable[[], None]]:
+def _unsharded_projector(projector: nn.Module, lm_head: nn.Module | None = None) -> Iterator[Callable[[], None]]:
     """Keep an FSDP projector gathered over all chunks and reduce its gradient once.
 
     Yields a function to call before the last chunk. ChunkedLossWrapper treats lm_head the same way.
@@ -296,9 +271,18 @@ def _unsharded_projector(projector: nn.Module) -> Iterator[Callable[[], None]]:
     projector.set_reshard_after_forward(False)
     projector.set_reshard_after_backward(False)
     projector.set_requires_gradient_sync(False)
+    # Otherwise FSDP takes the end of each chunk's backward pass for the end of the step's, and forgets the order of the
+    # layers: none of them would be gathered ahead of its backward pass.
+    projector.set_is_last_backward(False)
+    # FSDP gathers the final norm and the unembedding ahead here; the decoder's backward pass needs them next.
+    if isinstance(lm_head, FSDPModule):
+        lm_head.set_reshard_after_backward(False, recurse=False)
     with spmd.no_typecheck():
         projector.unshard()
     yield lambda: projector.set_requires_gradient_sync(True)
+    if isinstance(lm_head, FSDPModule):
+        lm_head.set_reshard_after_backward(True, recurse=False)
+    projector.set_is_last_backward(True)
     projector.set_reshard_after_forward(True)
     projector.set_reshard_after_backward(True)
     projector.reshard()

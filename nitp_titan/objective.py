@@ -162,9 +162,7 @@ def direction_sums(h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
     return unit_BLD.sum(1), valid_BL.sum(1, dtype=torch.float32)
 
 
-def cosine_regularizer_sum(
-    h_BLD: Tensor, valid_BL: Tensor, directions_BD: Tensor, counts_B: Tensor
-) -> Tensor:
+def cosine_regularizer_sum(h_BLD: Tensor, valid_BL: Tensor, directions_BD: Tensor, counts_B: Tensor) -> Tensor:
     """Share of some positions in the mean cosine between different tokens of a sequence.
 
     The generic regulariser of the paper's ablation (Table 3, after Gao et al. 2019). Over

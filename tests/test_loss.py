@@ -161,6 +161,31 @@ def test_loss_and_every_gradient_equal_plain_autograd(name, num_chunks):
         _assert_same(gradients[key], expected[key], key)
 
 
+@pytest.mark.parametrize(
+    ("dim", "vocab_size", "num_chunks", "expected"),
+    [
+        (1280, 152064, 8, 1),
+        (3072, 152064, 8, 2),
+        (4096, 32000, 8, 8),
+        (96, 4096, 8, 2),
+        (96, 4096, 6, 1),
+        (96, 4096, 1, 1),
+    ],
+)
+def test_the_projector_takes_as_few_chunks_as_need_no_more_memory_than_the_logits(
+    dim, vocab_size, num_chunks, expected
+):
+    """Eight numbers of its width of 4 d a token against five of the vocabulary; in chunks that divide those of the NTP
+    loss."""
+    settings = NITPConfig(weight=1.0, target_layer=1)
+    loss_fn = NITPLoss.Config(num_chunks=num_chunks, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+    with torch.device("meta"):
+        loss_fn.set_lm_head(torch.nn.Linear(dim, vocab_size, bias=False))
+        projector = nitp_module_config(dim, settings).projector.build()
+    loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
+    assert loss_fn.num_nitp_chunks == expected
+
+
 def test_the_comparison_can_fail():
     """A loss that trains across document borders does not pass for the right one."""
     settings = NITPConfig(weight=3.0, target_layer=1)
