@@ -2,7 +2,6 @@
 
 python scripts/bench_overhead.py                                    # all of it, 20 minutes on 2 CPU cores
 python scripts/bench_overhead.py --only measured --rounds 200       # one part; the others keep what they had
-torchrun --nproc_per_node 2 scripts/bench_overhead.py --only measured --out outputs/overhead_2_ranks
 python scripts/bench_overhead.py --only measured --recipe debug/nitp_moe_debug
 
 measured    NTP, NITP and MTP take turns step by step on the same batches. On a GPU with bfloat16, then compiled with
@@ -41,10 +40,8 @@ def main() -> None:
     for folder, name in (("recipes", arguments.recipe), ("train_configs", arguments.train_config)):
         if name is not None and not recipe.find(name, folder).is_file():
             raise UserError(f"{name} is not among the {folder}.{nearest(name, recipe.available(folder))}")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    parts = arguments.only or (("measured",) if several else PARTS)
-    if several and set(parts) != {"measured"}:
-        raise UserError("--only measured is the part that several ranks run; the others are counted by one process.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("without torchrun: one process, as several models in one world of ranks do not get along.")
 
     # TorchTitan's own lines are about training.
     logging.disable(logging.WARNING)
@@ -53,21 +50,19 @@ def main() -> None:
     from nitp_titan.report.folder import check_writable
 
     check_writable(arguments.out)
-    for part in parts:
+    for part in arguments.only or PARTS:
         if part == "measured":
             found = bench.measured(
                 arguments.recipe, arguments.train_config, num_rounds=arguments.rounds, num_warmup=arguments.warmup
             )
         else:
             found = getattr(bench, part)()
-        if os.environ.get("RANK", "0") == "0":
-            # After every part: the next may take minutes.
-            files = report.write(report.merged(arguments.out, part, found), arguments.out)
-    if os.environ.get("RANK", "0") == "0":
-        result = report.read(arguments.out)
-        print(report.as_json(result) if arguments.json else report.tables(result))
-        if not arguments.json:
-            print("\n" + "\n".join(map(str, files)))
+        # After every part: the next may take minutes.
+        files = report.write(report.merged(arguments.out, part, found), arguments.out)
+    result = report.read(arguments.out)
+    print(report.as_json(result) if arguments.json else report.tables(result))
+    if not arguments.json:
+        print("\n" + "\n".join(map(str, files)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import torch
 from nitp_titan import cpu, dry_run, recipe
 from nitp_titan.assets import prepare_stdlib_assets
 from nitp_titan.data.loader import TextDataLoader
-from nitp_titan.layout import data_parallel_ranks
 from nitp_titan.overhead import counted
 from nitp_titan.overhead.arms import arm_configs, NAMES
 from nitp_titan.overhead.measure import measure, peak_bytes
@@ -36,13 +35,12 @@ _GPU_SETTINGS = {
 
 
 def say(line: str) -> None:
-    """A line on stderr, at once, of one rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+    """A line on stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: int, num_warmup: int) -> dict[str, Any]:
-    """NTP, NITP and MTP on this machine; a collective of all ranks.
+    """NTP, NITP and MTP on one device of this machine.
 
     The text is that of Python's standard library whatever the recipe, and a step is one micro-batch: the cost of NITP
     hangs on neither.
@@ -65,8 +63,7 @@ def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: i
     train_config = train_config or ("cpu" if on_cpu else "h100x1")
     recipe_name = recipe_name or ("overhead/nitp_ratio_9b" if on_cpu else _largest_that_fits(train_config))
     paths = recipe.find(recipe_name, "recipes"), recipe.find(train_config, "train_configs")
-    if os.environ["RANK"] == "0":
-        prepare_stdlib_assets(Path(_ASSETS))
+    prepare_stdlib_assets(Path(_ASSETS))
     configs = arm_configs(*paths, **_changes(recipe.load(*paths)))
     settings = {}
     for name, changed in _settings(configs, on_cpu):
@@ -78,7 +75,6 @@ def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: i
         "train_config": train_config,
         "seq_len": configs["NTP"].training.seq_len,
         "batch_size": configs["NTP"].training.global_batch_size,
-        "num_ranks": int(os.environ["WORLD_SIZE"]),
         "settings": settings,
     }
     if on_cpu:
@@ -99,12 +95,11 @@ def growth() -> dict[str, Any]:
 
 
 def _changes(config) -> dict[str, Any]:
-    ranks = data_parallel_ranks(config.parallelism, int(os.environ["WORLD_SIZE"]))
-    local = min(config.training.local_batch_size, config.training.global_batch_size // ranks)
+    local = min(config.training.local_batch_size, config.training.global_batch_size)
     if cpu.active():
         local = min(local, _CPU_TOKENS // config.training.seq_len)
     local = max(1, local)
-    training = dataclasses.replace(config.training, local_batch_size=local, global_batch_size=local * ranks)
+    training = dataclasses.replace(config.training, local_batch_size=local, global_batch_size=local)
     loader = TextDataLoader.Config(dataset="json", dataset_path=f"{_ASSETS}/train.jsonl")
     return {"training": training, "dataloader": loader, "hf_assets_path": _ASSETS}
 

@@ -1,4 +1,4 @@
-"""Step times of several trainings in one process group, which take turns step by step.
+"""Step times of several trainings of one process, which take turns step by step.
 
 Whatever disturbs the machine then disturbs all of them alike, and ratios of neighbouring steps say what an arm costs.
 """
@@ -27,7 +27,7 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 class ArmTrainer(NITPTrainer):
-    """A trainer beside others of the same process."""
+    """A trainer beside others of the same process, on one rank: TorchTitan's sharded meshes are globals."""
 
     def init_distributed(self) -> ParallelDims:
         """As `NITPTrainer.init_distributed`, in the process group of the first trainer if there is one."""
@@ -44,7 +44,7 @@ def measure(
     num_warmup: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Step times, memory and communication of some arms; a collective of all ranks. The first arm is the baseline.
+    """Step times and memory of some arms, on one rank. The first arm is the baseline.
 
     Args:
         configs: from `arms.arm_configs`.
@@ -105,7 +105,7 @@ def step_times(
     num_warmup: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every optimizer step of every arm, of the slowest rank; data loading is not in it.
+    """Seconds of every optimizer step of every arm; data loading is not in it.
 
     All arms train the same batches. In each round every arm takes a step, in a new random order.
     """
@@ -123,7 +123,7 @@ def step_times(
                 times[name].append(seconds)
         left = (time.perf_counter() - started) / (done + 1) * (num_warmup + num_rounds - done - 1)
         say(f"round {done + 1} of {num_warmup + num_rounds}, {left:.0f} s left")
-    return {name: _slowest(seconds, some.device) for name, seconds in times.items()}
+    return times
 
 
 def _next_step(trainer: ArmTrainer, batches) -> list[Batch]:
@@ -133,9 +133,6 @@ def _next_step(trainer: ArmTrainer, batches) -> list[Batch]:
 def _step_time(trainer: ArmTrainer, batches: list[Batch]) -> float:
     trainer.step += 1
     _wait(trainer.device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(torch.zeros(1, device=trainer.device))
-        _wait(trainer.device)
     start = time.perf_counter()
     trainer.train_step(iter(_own(batches)))
     _wait(trainer.device)
@@ -150,13 +147,6 @@ def _own(batches: list[Batch]) -> list[Batch]:
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _slowest(seconds: list[float], device: torch.device) -> list[float]:
-    values = torch.tensor(seconds, dtype=torch.float64, device=device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,15 +197,14 @@ def _figures(
 
     Returns:
         ``seconds``: median and quartiles of a step; ``ratio``: median, quartiles and 95% bootstrap interval of the
-        median of the ratios of its steps to those of the baseline in the same round; ``tokens_per_second`` of all
-        ranks; ``mfu`` by TorchTitan's count, None on a CPU; counted ``matmul_flops`` and ``attention_flops`` per token,
-        ``peak_bytes`` and added ``collectives`` of a step (`trace.as_rows`); ``chunks`` of the loss.
+        median of the ratios of its steps to those of the baseline in the same round; ``tokens_per_second``; ``mfu`` by
+        TorchTitan's count, None on a CPU; counted ``matmul_flops`` and ``attention_flops`` per token; ``peak_bytes``;
+        ``chunks`` of the loss.
     """
     baseline = next(iter(times))
     ratios = [ours / theirs for ours, theirs in zip(times[name], times[baseline])]
-    cost, of_baseline = costs[name].step, costs[baseline].step
-    seconds = statistics.median(times[name])
-    num_ranks, loss, metrics = dist.get_world_size(), trainer.loss_fn, trainer.metrics_processor
+    cost, seconds = costs[name].step, statistics.median(times[name])
+    loss, metrics = trainer.loss_fn, trainer.metrics_processor
     peak_flops = metrics.gpu_peak_flops if trainer.device.type != "cpu" else None
     return {
         "seconds": {"median": seconds, "quartiles": _quartiles(times[name])},
@@ -225,11 +214,10 @@ def _figures(
             "interval": bootstrap_interval(ratios, statistics.median),
         },
         "tokens_per_second": num_tokens / seconds,
-        "mfu": peak_flops and metrics.num_flops_per_token * num_tokens / seconds / num_ranks / peak_flops,
-        "matmul_flops": cost and cost.matmul_flops * num_ranks / num_tokens,
-        "attention_flops": cost and cost.attention_flops * num_ranks / num_tokens,
+        "mfu": peak_flops and metrics.num_flops_per_token * num_tokens / seconds / peak_flops,
+        "matmul_flops": cost and cost.matmul_flops / num_tokens,
+        "attention_flops": cost and cost.attention_flops / num_tokens,
         "peak_bytes": costs[name].peak_bytes,
-        "collectives": cost and trace.as_rows(trace.added(cost, of_baseline) if name != baseline else cost.collectives),
         "chunks": loss.num_chunks if isinstance(loss, ChunkedLossWrapper) else 1,
     }
 

@@ -6,11 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
+import spmd_types as spmd
 from torch import nn
 from torchtitan.models.common import Linear
 from torchtitan.models.common.decoder import Decoder, TransformerBlock
+from torchtitan.models.common.decoder_sharding import (
+    dense_activation_placement,
+    dense_param_placement,
+    dense_sequence_parallel_placement,
+    norm_config,
+    pre_lm_head_norm_config,
+)
 from torchtitan.models.deepseek_v3.mtp import MTPDecoder, MTPTransformerBlock
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.sharding import ShardingConfig
 
 
 def with_mtp(spec: ModelSpec) -> ModelSpec:
@@ -58,9 +67,28 @@ def _mtp_model_class(base: type[Decoder]) -> type[Decoder]:
                     base.Config.update_from_config(self, config=config, **kwargs)
                 finally:
                     del self.layers[num_layers:]
+                for layer in self.mtp_layers:
+                    _set_mtp_sharding(layer, enable_sp=config.parallelism.enable_sequence_parallel)
 
     MTPModel.__name__ = MTPModel.__qualname__ = f"MTP{base.__name__}"
     return MTPModel
+
+
+def _set_mtp_sharding(layer: MTPTransformerBlock.Config, *, enable_sp: bool) -> None:
+    """Of what an MTP layer has beside a layer, as DeepSeek-V3's `set_deepseek_v3_sharding_config` has it."""
+    sharded = dense_sequence_parallel_placement() if enable_sp else dense_activation_placement(tp=spmd.I)
+    if enable_sp:
+        layer.sharding_config = ShardingConfig(
+            in_src_shardings={"mtp_input_valid_mask": dense_activation_placement(tp=spmd.R)},
+            in_dst_shardings={"mtp_input_valid_mask": sharded},
+        )
+    layer.enorm.sharding_config = layer.hnorm.sharding_config = norm_config(enable_sp=enable_sp)
+    layer.mtp_norm.sharding_config = pre_lm_head_norm_config(enable_sp=enable_sp)
+    layer.eh_proj.sharding_config = ShardingConfig(
+        state_shardings={"weight": dense_param_placement(tp=spmd.R)},
+        in_src_shardings={"input": sharded},
+        out_src_shardings=sharded,
+    )
 
 
 def _with_mtp_parallelize(parallelize_fn: Callable) -> Callable:

@@ -94,15 +94,13 @@ def _measured(part: Figures) -> str:
     machine = part["machine"]
     where = (
         f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), torch {machine['torch']}, "
-        f"{machine['date']}: {part['recipe']}, {part['batch_size']} x {part['seq_len']} tokens on {part['num_ranks']} "
-        f"rank{'s' if part['num_ranks'] > 1 else ''}"
+        f"{machine['date']}: {part['recipe']}, {part['batch_size']} x {part['seq_len']} tokens"
     )
     blocks = []
     for name, setting in part["settings"].items():
         blocks.append(f"**{where}, {name}, {setting['rounds']} rounds.**")
         blocks.append(_measured_table(setting["arms"]))
         blocks += _bars(setting["arms"])
-        blocks += _communication(setting["arms"])
     if "unchunked" in part:
         ntp, nitp = part["unchunked"]["NTP"], part["unchunked"]["NITP"]
         blocks.append(
@@ -167,25 +165,6 @@ def _bars(arms: Figures) -> list[str]:
         times = time_overhead(arms, "MTP") / seconds
         lines.append(f"MTP adds {times:.1f} times as much time as NITP (bar: {MTP_BAR:.0f}).")
     return [" ".join(lines)] if lines else []
-
-
-def _communication(arms: Figures) -> list[str]:
-    rows = [
-        [
-            name,
-            row["kind"],
-            row["group"],
-            str(row["num_ranks"]),
-            f"{row['calls']:+}" if name != "NTP" else str(row["calls"]),
-            f"{row['payload'] / 1e6:,.3f} MB",
-        ]
-        for name, arm in arms.items()
-        for row in arm["collectives"] or []
-    ]
-    if not rows:
-        return []
-    header = ["arm", "collective", "axis", "ranks", "calls per step (NITP, MTP: added)", "bytes"]
-    return [table(header, rows, "lllrrr")]
 
 
 def _full_size(part: Figures) -> str:
@@ -300,7 +279,8 @@ def _draw_growth(part: Figures, axis: str) -> Callable[[Axes], None]:
                     [row["x"] for row in rows], values, color=color, linestyle=style, marker="o", ms=3, label=label
                 )
         axes.set_xscale("log", base=2)
-        axes.set(xlabel=_GROWTH[axis], ylabel="% above NTP")
+        dashed = f" (dashed: {series[1]})" if len(series) > 1 else ""
+        axes.set(xlabel=_GROWTH[axis] + dashed, ylabel="% above NTP")
         axes.set_ylim(bottom=0)
 
     return draw

@@ -11,7 +11,7 @@ from nitp_titan.config import UserError
 from nitp_titan.overhead import report
 
 
-def _arm(matmul, ratio, peak, collectives=()):
+def _arm(matmul, ratio, peak):
     return {
         "seconds": {"median": 2.0 * ratio, "quartiles": [1.9 * ratio, 2.1 * ratio]},
         "ratio": {
@@ -24,26 +24,23 @@ def _arm(matmul, ratio, peak, collectives=()):
         "matmul_flops": matmul,
         "attention_flops": 20e6,
         "peak_bytes": peak,
-        "collectives": list(collectives),
         "chunks": 8,
     }  # fmt: skip
 
 
-GATHER = {"kind": "all_gather", "group": "fsdp", "num_ranks": 2, "calls": 1, "payload": 442368}
 MEASURED = {
     "machine": {"device": "CPU", "processor": "x86_64, AVX512", "cores": 2, "date": "2026-01-01", "torch": "2.14.1"},
     "recipe": "overhead/nitp_ratio_9b",
     "train_config": "cpu",
     "seq_len": 512,
     "batch_size": 2,
-    "num_ranks": 1,
     "settings": {
         "float32, eager": {
             "tokens_per_step": 1024,
             "rounds": 60,
             "arms": {
                 "NTP": _arm(100e6, 1.0, 500e6),
-                "NITP": _arm(102e6, 1.025, 505e6, [GATHER]),
+                "NITP": _arm(102e6, 1.025, 505e6),
                 "MTP": _arm(130e6, 1.4, 900e6),
             },
         }
@@ -62,7 +59,6 @@ def test_the_tables_say_what_nitp_adds_and_whether_it_is_within_the_bars():
     assert "MTP adds 16.0 times as much time as NITP (bar: 8)." in text
     assert "With the loss in one chunk: 800 MB and 832 MB (+4.00%)." in text
     assert "Nothing of this was run on a GPU." in text
-    assert "| NITP | all_gather | fsdp | 2 | +1 | 0.442 MB |" in text
 
 
 def test_a_missed_bar_is_said():
@@ -96,7 +92,7 @@ def test_a_damaged_file_is_named(tmp_path):
             {},
             "error: dense/nitp_2c is not among the recipes. Did you mean 'dense/nitp_2b'?",
         ),
-        (["--only", "growth"], {"WORLD_SIZE": "2"}, "error: --only measured is the part that several ranks run"),
+        (["--only", "growth"], {"WORLD_SIZE": "2"}, "error: without torchrun: one process"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, environment, message, tmp_path):
