@@ -127,7 +127,7 @@ def test_an_unfinished_write_leaves_nothing_new(saved, text, tmp_path, monkeypat
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nitp_titan.report.probe.as_json", full)
+    monkeypatch.setattr("nitp_titan.report.folder.write_overview", full)
     with pytest.raises(UserError, match="--out .* cannot be written: No space left"):
         write(result | {"warnings": ["another"]}, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

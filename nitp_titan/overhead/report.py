@@ -9,10 +9,9 @@ from matplotlib.axes import Axes
 
 from nitp_titan.config import UserError
 from nitp_titan.markdown import table
-from nitp_titan.report import drawing
 from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.figures import COLORS
-from nitp_titan.report.folder import write_folder
+from nitp_titan.report.folder import write_page
 
 Figures = dict[str, Any]
 
@@ -74,16 +73,7 @@ def write(result: Figures, out: Path) -> list[Path]:
     Raises:
         UserError: if they cannot be written.
     """
-
-    def fill(folder: Path) -> None:
-        for one in (drawn := drawings(result)):
-            drawing.write_files(one, folder)
-        if drawn:
-            drawing.write_overview(drawn, folder / "overhead.png")
-        (folder / "overhead.md").write_text(markdown(result), encoding="utf-8")
-        (folder / _FILE).write_text(as_json(result) + "\n", encoding="utf-8")
-
-    return write_folder(out, fill)
+    return write_page(out, "overhead", text=markdown(result), data=as_json(result), drawings=drawings(result))
 
 
 def _percent(value: float | None, digits: int = 2) -> str:

@@ -2,10 +2,11 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from nitp_titan.config import UserError
+from nitp_titan.report.drawing import Drawing, write_files, write_overview
 
 
 def check_writable(out: Path) -> None:
@@ -16,11 +17,11 @@ def check_writable(out: Path) -> None:
         raise UserError(f"--out {out} cannot be written: {existing} {reason}.")
 
 
-def write_folder(out: Path, fill: Callable[[Path], None]) -> list[Path]:
-    """Let ``fill`` write files into a folder, in which they appear once all of them are complete.
+def write_page(out: Path, name: str, *, text: str, data: str, drawings: Sequence[Drawing]) -> list[Path]:
+    """Write ``<name>.md``, ``<name>.json``, every figure as PNG and SVG, and all in one ``<name>.png``.
 
     Returns:
-        The files.
+        The files. They appear once all of them are complete.
 
     Raises:
         UserError: if they cannot be written.
@@ -29,10 +30,15 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             draft = Path(scratch)
-            fill(draft)
+            for one in drawings:
+                write_files(one, draft)
+            if drawings:
+                write_overview(drawings, draft / f"{name}.png")
+            (draft / f"{name}.md").write_text(text, encoding="utf-8")
+            (draft / f"{name}.json").write_text(data + "\n", encoding="utf-8")
             names = sorted(path.name for path in draft.iterdir())
-            for name in names:
-                os.replace(draft / name, out / name)
+            for file in names:
+                os.replace(draft / file, out / file)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}.") from None
-    return [out / name for name in names]
+    return [out / file for file in names]

@@ -8,10 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from nitp_titan.markdown import table
-from nitp_titan.report import drawing
 from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.figures import COLORS
-from nitp_titan.report.folder import write_folder
+from nitp_titan.report.folder import write_page
 
 Figures = dict[str, Any]
 """Of a state, from `geometry.describe`."""
@@ -146,16 +145,7 @@ def write(result: dict[str, Any], out: Path) -> list[Path]:
     Raises:
         UserError: if they cannot be written.
     """
-
-    def fill(folder: Path) -> None:
-        for one in (drawn := drawings(result)):
-            drawing.write_files(one, folder)
-        if drawn:
-            drawing.write_overview(drawn, folder / "geometry.png")
-        (folder / "geometry.md").write_text(markdown(result), encoding="utf-8")
-        (folder / "geometry.json").write_text(as_json(result) + "\n", encoding="utf-8")
-
-    return write_folder(out, fill)
+    return write_page(out, "geometry", text=markdown(result), data=as_json(result), drawings=drawings(result))
 
 
 def as_json(result: dict[str, Any]) -> str:
