@@ -4,6 +4,10 @@ import hashlib
 import os
 from pathlib import Path
 
+# A file up to this size is hashed whole, a larger one at its two ends: data files may have terabytes in all.
+_WHOLE_BYTES = 8 << 20
+_END_BYTES = 256 << 10
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is there wholly or, if the process ends meanwhile, as it was before."""
@@ -16,3 +20,27 @@ def sha256(path: Path) -> str:
     """Hash of a file's content, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: str | Path, num_bytes: int | None = None) -> str:
+    """What identifies the content of a file, wherever it lies: ``<bytes>:<sha256>``.
+
+    The hash is of the whole file up to 8 MiB, of a larger one of its first and last 256 KiB.
+
+    Args:
+        num_bytes: look only at so many of its first bytes. A file that grew at its end since has the old fingerprint
+            under its old size.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        size = size if num_bytes is None else min(size, num_bytes)
+        if size <= _WHOLE_BYTES:
+            digest = hashlib.sha256(file.read(size))
+        else:
+            digest = hashlib.sha256(file.read(_END_BYTES))
+            file.seek(size - _END_BYTES)
+            digest.update(file.read(_END_BYTES))
+    return f"{size}:{digest.hexdigest()}"
