@@ -216,8 +216,7 @@ class GuardConfig:
     """What happens at a bad step: one whose loss or gradient, over all ranks, is not finite, or is a spike."""
 
     max_skipped_steps: int = 0
-    """Bad steps that a run may leave out, resumed parts included, before it stops; 0 stops at the first. Above 0 the
-    optimizer waits for the verdict: the host looks at one number of the device in every step."""
+    """Bad steps that a run may leave out, resumed parts included, before it stops; 0 stops at the first."""
 
     skip_above: float | None = None
     """Norm of the gradient before clipping above which a step is a spike; none: only what is not finite is bad."""

@@ -1,7 +1,8 @@
-"""Stops training at a number that is not finite, before a checkpoint can hold it, or leaves such steps out.
+"""Stops training at a number that is not finite, before the optimizer can take it, or leaves such steps out.
 
-Every step's loss and gradients are summed up in one small tensor on the device. Its copy is looked at where the host
-waits anyway, so that watching costs no synchronisation.
+Every step's loss and gradients are summed up in one small tensor, which the host reads before clipping and optimizer.
+That wait costs little: TorchTitan's copies of the inputs to the device block, so that the host never runs ahead by more
+than a step anyway. What it adds is that clipping and optimizer are launched when the backward pass is done.
 """
 
 import math
@@ -55,20 +56,6 @@ class Finding:
     num_skipped: int = 0
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A step's figures on their way to the host."""
-
-    step: int
-    values: Tensor
-    copied: torch.Event | None
-
-    def floats(self) -> list[float]:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.values.tolist()
-
-
 class Guard:
     """Watches the loss and the gradient of every step, and the weights of every checkpoint.
 
@@ -106,14 +93,11 @@ class Guard:
         self.parameters = {name: p for part in model_parts for name, p in part.named_parameters() if p.requires_grad}
         self.loss_figures, self.has_loss, self.num_loss_shares = loss_figures, has_loss, num_loss_shares
         self.stage, self.last_checkpoint = stage, last_checkpoint
-        # The CPU has nothing to wait for.
-        self.at_once = device.type == "cpu" or settings.max_skipped_steps > 0
         self.losses = torch.zeros(num_losses, device=device)
         self.backward = torch.zeros(1, device=device)
         self.device = self.losses.device
         self._num_seen = 0
         self._shares: Tensor | None = None
-        self._pending: _Reading | None = None
         if (embeddings := getattr(model_parts[0], "tok_embeddings", None)) is not None:
             embeddings.register_forward_hook(self._watch_backward)
 
@@ -128,36 +112,22 @@ class Guard:
         self.backward.add_(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
     @torch.no_grad()
-    def see(self, step: int, loss: Tensor, *, at_once: bool) -> None:
+    def see(self, step: int, loss: Tensor) -> None:
         """Take in the loss of a part of a step, after its backward pass, and judge the step after the last part.
 
         Args:
             step: of the optimizer.
             loss: this rank's share, one number.
-            at_once: judge now. Otherwise `verify` does.
 
         Raises:
-            UserError: as `verify`.
-            StepSkipped: if the step has to be left out.
+            UserError: if the step is bad, with the step, the rank, the part of the loss and the last checkpoint.
+            StepSkipped: if it is bad and may be left out.
         """
         self.losses[self._num_seen].copy_(local(loss.detach()).reshape(()))
         self._num_seen += 1
-        if self._num_seen < len(self.losses):
-            return
-        self._num_seen = 0
-        self._pending = self._read(step)
-        if at_once or self.at_once:
-            self.verify()
-
-    def _read(self, step: int) -> _Reading:
-        figures = self.measure()
-        if figures.device.type == "cpu":
-            return _Reading(step, figures, None)
-        host = torch.empty(figures.shape, pin_memory=True)
-        host.copy_(figures, non_blocking=True)
-        copied = torch.Event(figures.device)
-        copied.record()
-        return _Reading(step, host, copied)
+        if self._num_seen == len(self.losses):
+            self._num_seen = 0
+            self._judge(step, self.measure().tolist())
 
     def measure(self) -> Tensor:
         """A step's figures, float32 on the device: what `_judge` takes apart."""
@@ -177,17 +147,6 @@ class Guard:
     def _all(self) -> list[nn.Parameter]:
         return list(self.parameters.values())
 
-    def verify(self) -> None:
-        """Judge the last step, if it is not judged yet.
-
-        Raises:
-            UserError: if it was bad, with the step, the rank, the part of the loss and the last checkpoint.
-            StepSkipped: if it was bad and may be left out.
-        """
-        reading, self._pending = self._pending, None
-        if reading is not None:
-            self._judge(reading.step, reading.floats())
-
     def _judge(self, step: int, figures: list[float]) -> None:
         square, loss, total, ntp, nitp, nitp_gradient, backward, *norms = figures
         gradient = math.sqrt(square) if square >= 0 else math.nan
@@ -206,8 +165,9 @@ class Guard:
         )
         reason = describe(findings, gradient=gradient, limit=limit, num_loss_shares=self.num_loss_shares)
         num_skipped, most = max(finding.num_skipped for finding in findings), self.settings.max_skipped_steps
-        if num_skipped == most:
-            self._stop(step, reason + (f"; {num_skipped} of {most} steps were skipped before" if most else ""))
+        if num_skipped >= most:
+            before = f"; {num_skipped} steps were skipped before, and [guard] max_skipped_steps = {most}"
+            self._stop(step, reason + (before if num_skipped else ""))
         self.metrics.log_skipped(step, f"step {step} skipped ({num_skipped + 1} of {most}): {reason}")
         self._forget_routing()
         raise StepSkipped
@@ -220,20 +180,23 @@ class Guard:
                     buffer.zero_()
 
     @torch.no_grad()
-    def verify_weights(self, step: int) -> None:
-        """Before a checkpoint is written: judge the last step and look at the weights themselves.
+    def verify_weights(self, step: int, dtype: torch.dtype | None) -> None:
+        """Look at the weights themselves, before a checkpoint is written.
+
+        Args:
+            dtype: in which they are written; None for their own.
 
         Raises:
-            UserError: as `verify`, or naming a weight that is not finite.
+            UserError: naming a weight that is not finite.
         """
-        self.verify()
-        norms = _norms([local(p) for p in self._all()]).to(self.device)
+        norms = _norms([local(p).to(dtype or p.dtype) for p in self._all()]).to(self.device)
         bad = (~norms.isfinite()).any().float()
         if dist.get_world_size() > 1:
             dist.all_reduce(bad)
         if bad.item():
             name, norm = _nearest(self._gather(Finding(module=self._bad_module(norms.tolist()))))
-            self._stop(step, f"the weight of {name} is {norm} after the update")
+            written = "" if dtype is None else f", written as {dtype} ([checkpoint] export_dtype)"
+            self._stop(step, f"the weight of {name} is {norm} after the update{written}")
 
     def _bad_module(self, norms: list[float]) -> BadModule | None:
         bad = {name: norm for name, norm in zip(self.parameters, norms) if not math.isfinite(norm)}

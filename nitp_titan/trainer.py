@@ -177,16 +177,9 @@ class NITPTrainer(Trainer):
 
     def forward_backward_step(self, **inputs: Any) -> Tensor:
         """As `Trainer.forward_backward_step`; every loss and gradient passes by the guard."""
-        # TorchTitan has just waited for the device, to hand it the inputs.
-        self.guard.verify()
         loss = super().forward_backward_step(**inputs)
-        self.guard.see(self.step, loss, at_once=self._looks_at(self.step))
+        self.guard.see(self.step, loss)
         return loss
-
-    def _looks_at(self, step: int) -> bool:
-        """Whether the host waits for the figures of a step anyway."""
-        validates = self.config.validator.enable and self.validator.should_validate(step)
-        return self.metrics_processor.should_log(step) or validates or step == self.config.training.steps
 
     def _train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         if self.config.nitp.enabled:

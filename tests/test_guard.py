@@ -158,25 +158,45 @@ def test_one_bad_micro_batch_of_an_accumulated_step_is_enough(assets, tmp_path):
 
 
 @pytest.mark.parametrize("module", ["lm_head", "nitp.projector"])
-def test_a_verdict_that_waits_for_the_next_step_comes_before_a_checkpoint(assets, tmp_path, module):
-    """As on a GPU, where steps that are not logged are looked at one step later."""
-
-    def spoil(trainer):
-        trainer.guard.at_once = False
-        return _poison(trainer, module, (2,))
-
-    sections = {"metrics": {"log_freq": 100}, "checkpoint": True}
-    trainer, before = _build(tmp_path / "saved", spoil, **sections)
-    message = _message(trainer)
+def test_a_bad_step_that_nobody_logs_does_not_reach_the_optimizer(assets, tmp_path, module):
+    trainer, before = _build(tmp_path, lambda trainer: _poison(trainer, module, (2,)), metrics={"log_freq": 100})
     part = "ntp" if module == "lm_head" else "nitp"
-    assert message.startswith(f"step 2: the {part} loss of rank 0 is nan")
-    assert trainer.step == 2 and not any((tmp_path / "saved/checkpoint").glob("*"))
-    # The update had been made: nothing waited for the verdict.
-    assert not all(value.isfinite().all() for value in parameters(trainer).values())
-
-    trainer, _ = _build(tmp_path / "unsaved", spoil, metrics={"log_freq": 100})
     assert _message(trainer).startswith(f"step 2: the {part} loss of rank 0 is nan")
-    assert trainer.step == 3
+    after = parameters(trainer)
+    assert trainer.step == 2 and all(torch.equal(before[0][name], after[name]) for name in after)
+
+
+def test_a_run_that_has_skipped_more_than_its_new_bound_stops_at_the_next_bad_step(assets, tmp_path):
+    def spoil(trainer):
+        return _poison(trainer, "norm", (2, 3, 4, 5), gradient=True)
+
+    trainer, _ = _build(tmp_path, spoil, checkpoint=True, guard=GuardConfig(max_skipped_steps=3))
+    _run(trainer)
+    assert [record["step"] for record in read_records(tmp_path / "skipped.jsonl")] == [2, 3, 4]
+    for bound in (3, 2, 0):
+        guard = GuardConfig(max_skipped_steps=bound)
+        resumed, before = _build(
+            tmp_path, spoil, checkpoint=True, guard=guard, training={"steps": 6}, resume=True, metrics={"log_freq": 100}
+        )
+        message = _message(resumed)
+        assert f"; 3 steps were skipped before, and [guard] max_skipped_steps = {bound}. Training has stopped." in message
+        assert message.startswith("step 5: the gradient of norm.weight is nan")
+        after = parameters(resumed)
+        assert all(torch.equal(before[0][name], after[name]) for name in after)
+
+
+def test_a_weight_that_only_the_type_of_the_last_checkpoint_cannot_hold_is_not_saved(assets, tmp_path):
+    saving = {"enable": True, "export_dtype": "float16", "last_save_model_only": True}
+    trainer = make_config(tmp_path, checkpoint=saving, training={"steps": 1}).build()
+    trainer.checkpointer.load(step=-1)
+    trainer.step = 1
+    trainer.train_step(trainer.batch_generator(trainer.dataloader))
+    with torch.no_grad():
+        trainer.model_parts[0].get_parameter("norm.weight")[3] = 1e5
+    with pytest.raises(UserError, match=r"^step 1: the weight of norm.weight is inf .* torch.float16 \(\[checkpoint\] "):
+        trainer.checkpointer.save(1, last_step=True)
+    assert not any((tmp_path / "checkpoint").glob("*"))
+    trainer.close()
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(assets, tmp_path):
@@ -263,7 +283,8 @@ def test_a_spike_is_skipped_by_its_norm_and_the_bound_counts_resumed_steps(asset
     resumed, _ = _build(tmp_path, spoil, checkpoint=True, guard=guard, training={"steps": 6}, resume=True)
     message = _message(resumed)
     assert re.match(
-        r"step 5: gradient norm \d{3,4}\.\d above 50; 1 of 1 steps were skipped before\. Training has stopped\. "
+        r"step 5: gradient norm \d{3,4}\.\d above 50; 1 steps were skipped before, and \[guard\] max_skipped_steps = 1\. "
+        r"Training has stopped\. "
         rf"The last checkpoint, {tmp_path}/checkpoint/step-4, is from before\.",
         message,
     ), message

@@ -131,9 +131,8 @@ def test_counters_stay_where_they_are_from_step_to_step(assets, tmp_path):
 
 @pytest.fixture
 def watched(assets, tmp_path):
-    """A trainer after two steps, the second of which nobody logs; its guard judges it later, as on a GPU."""
+    """A trainer after two steps."""
     trainer = make_config(tmp_path, metrics={"log_freq": 100}, training={"steps": 3}).build()
-    trainer.guard.at_once = False
     batches = trainer.batch_generator(trainer.dataloader)
     for step in (1, 2):
         trainer.step = step
@@ -142,13 +141,18 @@ def watched(assets, tmp_path):
     trainer.close()
 
 
-def test_the_guard_asks_for_no_value_of_the_device_before_its_verdict(watched):
-    guard = watched.guard
+def test_the_guard_reads_one_tensor_once_a_step(watched, monkeypatch):
+    """Whatever the bound on skipped steps and whoever logs the step."""
+    guard, read = watched.guard, []
+    monkeypatch.setattr(guard, "measure", lambda: torch.zeros(7 + len(guard.parameters)))
+    monkeypatch.setattr(guard, "_judge", lambda step, figures: read.append((step, len(figures))))
+    guard.losses = torch.zeros(2)
     with _NoHostSync():
-        guard.see(3, torch.ones(()), at_once=False)
-    assert guard._pending.step == 3
-    guard.verify()
-    assert guard._pending is None
+        for step in (3, 4):
+            guard.see(step, torch.ones(()))
+            assert len(read) == step - 3
+            guard.see(step, torch.ones(()))
+    assert read == [(3, 7 + len(guard.parameters)), (4, 7 + len(guard.parameters))]
 
 
 def test_the_figures_of_the_guard_stay_on_the_device(watched):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpointer import CheckpointManager
@@ -24,8 +25,9 @@ from nitp_titan.config import UserError
 class NITPCheckpointManager(CheckpointManager):
     """TorchTitan's checkpoints; an initial checkpoint may lack the projector, which then stays as initialised."""
 
-    before_save: Callable[[int], None] | None = None
-    """Called with the step before anything is written; raises if the states are not fit to be kept."""
+    before_save: Callable[[int, torch.dtype | None], None] | None = None
+    """Called before anything is written, with the step and the type that weights are cast to, None without a cast;
+    raises if the states are not fit to be kept."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
@@ -61,7 +63,8 @@ class NITPCheckpointManager(CheckpointManager):
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
         if self.before_save is not None and self._should_save(curr_step, last_step):
-            self.before_save(curr_step)
+            exports = last_step and self.last_save_model_only
+            self.before_save(curr_step, self.export_dtype if exports else None)
         saved = super()._save(curr_step, last_step)
         if saved:
             self._saved_step = curr_step
