@@ -1,87 +1,17 @@
-"""Our own settings, and the one error type for what a user can cause.
-
-Imports no torch: recipes are read without it.
-"""
+"""Our own settings. Imports no torch: recipes are read without it."""
 
 import dataclasses
-import difflib
-import json
-import os
-import reprlib
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NoReturn, TYPE_CHECKING
+from typing import Literal, TYPE_CHECKING
+
+# What errors.py has, is found here too.
+from nitp_titan.errors import exit_with as exit_with
+from nitp_titan.errors import nearest as nearest
+from nitp_titan.errors import shown as shown
+from nitp_titan.errors import UserError as UserError
 
 if TYPE_CHECKING:
     from torchtitan.config import ParallelismConfig
-
-
-class UserError(ValueError):
-    """A mistake in a recipe, a train config or a flag: one line says all, no traceback.
-
-    Args:
-        message: the place, the value and the way out.
-        table, key: the setting, if it is one, so that a reader of TOML can name the file.
-    """
-
-    def __init__(self, message: str, *, table: str | None = None, key: str | None = None):
-        super().__init__(message)
-        self.table, self.key = table, key
-
-
-# Ranks reach the same line within a few seconds of each other.
-_SECONDS_FOR_RANK_0 = 15
-
-
-def exit_with(error: UserError) -> NoReturn:
-    """End the process with status 1 and the error in one line.
-
-    All ranks meet the same mistake. Rank 0 says it, and torchrun ends the others; what rank 0
-    does not meet is said after a while by the first rank of a node that did.
-    """
-    # It imports this module.
-    from nitp_titan.run.credentials import redact
-
-    # What TorchTitan and libraries say may have several lines.
-    message = redact(" ".join(f"error: {error}".splitlines()))
-    _tell_torchrun(message)
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(_SECONDS_FOR_RANK_0 + int(os.environ.get("LOCAL_RANK", "0")))
-    sys.exit(message)
-
-
-def _tell_torchrun(message: str) -> None:
-    """Put the line in place of the traceback that TorchTitan's ``@record`` left for torchrun's summary."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is not None:
-        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
-
-
-class _Shown(reprlib.Repr):
-    def repr_int(self, value: int, level: int) -> str:
-        # Python refuses to write out an integer of thousands of digits.
-        return repr(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
-
-
-_shown = _Shown()
-_shown.maxstring = _shown.maxother = 100
-
-
-def shown(value: object) -> str:
-    """``repr`` of a setting, cut where it is long: an error is one line."""
-    return _shown.repr(value)
-
-
-def nearest(word: str, choices: list[str]) -> str:
-    """``" Did you mean 'x'?"`` for the choice closest to ``word``, or the list of choices."""
-    # A mistyped letter scores above 0.6; so does a key with its words in another order.
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if close:
-        return f" Did you mean '{close[0]}'?"
-    return f" Choose from: {', '.join(sorted(choices))}." if choices else ""
-
 
 # Keys of `objective.LOSSES`, which needs torch.
 LOSS_NAMES = ("cosine", "mse", "smooth_l1", "kl")

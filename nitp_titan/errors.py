@@ -1,0 +1,305 @@
+"""How every command ends: errors of users and of the machine in one line, Ctrl-C, a closed pipe. Imports no torch."""
+
+import difflib
+import errno
+import json
+import os
+import re
+import reprlib
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT."""
+
+_PIPE_CLOSED = 141  # 128 + SIGPIPE: as a command ends whose reader, such as `head`, has enough.
+
+# Errors of the machine, and what they mean to a user.
+_CAUSES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this file system or `ulimit -f` allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "the operation is not permitted",
+    errno.ENOTDIR: "a part of this path is not a folder",
+    errno.EISDIR: "this is a folder",
+    errno.ENAMETOOLONG: "the file name is too long",
+    errno.ELOOP: "the links go round in a circle",
+    errno.EMFILE: "too many open files; raise `ulimit -n`",
+    errno.ENFILE: "too many open files on this machine",
+    errno.EIO: "the disk reports an input/output error",
+    errno.ESTALE: "the network file system has lost this file",
+}
+# They say enough where no file is named.
+_WITHOUT_FILE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO}
+_UNREACHABLE = {
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.ETIMEDOUT,
+}
+# Rust's and Python's, where a library has made text of them.
+_ERRNO_IN_TEXT = re.compile(r"(?:\(os error |\[errno )(\d+)[)\]]", re.IGNORECASE)
+_NETWORK_PACKAGES = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp"}
+_STATUS_TEXTS = {
+    401: "access denied (401): it does not exist, or needs HF_TOKEN",
+    403: "access denied (403): HF_TOKEN has no access to it",
+    404: "there is no such file or repository (404)",
+    429: "it asks to wait (429, too many requests); try again later",
+}
+_NO_CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+# What gloo and NCCL say to a rank when another one has gone.
+_LOST_RANK_TEXTS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Application timeout caused pair closure",
+    "NCCL communicator was aborted",
+    "remote process exited",
+    "recvValue failed",
+    "sendBytes failed",
+)
+
+
+class UserError(ValueError):
+    """A mistake in a recipe, a train config or a flag: one line says all, no traceback.
+
+    Args:
+        message: the place, the value and the way out.
+        table, key: the setting, if it is one, so that a reader of TOML can name the file.
+    """
+
+    def __init__(self, message: str, *, table: str | None = None, key: str | None = None):
+        super().__init__(message)
+        self.table, self.key = table, key
+
+
+@contextmanager
+def at(path: str | os.PathLike) -> Iterator[None]:
+    """Name the file of an OSError that does not: a write to an open file says only that the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def surroundings(error: BaseException, place: str = "") -> UserError | None:
+    """What an error says of the machine, in one line; None for every other error.
+
+    Looks at the error, what caused it and what it was raised from: libraries wrap the reason ("An error occurred while
+    generating the dataset").
+
+    Args:
+        error: any exception; disk, permissions, caches, memory and network are known.
+        place: what was read or written, where the error names no file.
+    """
+    causes = chain(error)
+    for cause in causes:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if line := _line(cause, number, place):
+            return UserError(line)
+    # Some libraries hand on the text alone.
+    for cause in causes:
+        if written := _ERRNO_IN_TEXT.search(str(cause)):
+            if line := _line(cause, int(written[1]), place):
+                return UserError(line)
+    return None
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """The error, then what it was raised from or was met while handling, each once, outermost first."""
+    found, waiting = [], [error]
+    while waiting:
+        one = waiting.pop(0)
+        if any(one is other for other in found):
+            continue
+        found.append(one)
+        # torch's CheckpointException holds a pair of error and traceback for every rank that failed.
+        failures = getattr(one, "failures", None)
+        failed = [value[0] for value in failures.values()] if isinstance(failures, dict) else []
+        linked = [one.__cause__, None if one.__suppress_context__ else one.__context__]
+        members = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+        waiting += [other for other in (*failed, *members, *linked) if isinstance(other, BaseException)]
+    return found
+
+
+def _line(error: BaseException, number: int | None, place: str) -> str | None:
+    names, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
+    if number == errno.ENOMEM or names & {"MemoryError", "OutOfMemoryError"} or _NO_CPU_MEMORY in text:
+        device = "the GPU" if "CUDA" in text else "this machine"
+        return f"{place + ': ' if place else ''}the memory of {device} does not suffice; use smaller batches or models."
+    file = str(getattr(error, "filename", None) or place)
+    if number in _CAUSES and (file or number in _WITHOUT_FILE):
+        if file and _in_cache(file):
+            return f"the cache {file} cannot be used: {_CAUSES[number]}. HF_HOME names another folder for it."
+        return f"{file} cannot be used: {_CAUSES[number]}." if file else f"{_CAUSES[number]}."
+    if isinstance(error, RuntimeError) and text.startswith("Could not determine home directory"):
+        return "there is no home folder for caches; set HF_HOME to a folder."
+    return _network_line(error, names, number, text, place)
+
+
+def _in_cache(file: str) -> bool:
+    variables = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
+    folders = [os.environ[name] for name in variables if os.environ.get(name)]
+    folders.append(os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"))
+    path = os.path.abspath(file)
+    return any(os.path.commonpath([path, folder]) == folder for folder in map(os.path.abspath, folders))
+
+
+def _network_line(error: BaseException, names: set[str], number: int | None, text: str, place: str) -> str | None:
+    package = type(error).__module__.partition(".")[0]
+    if "OfflineModeIsEnabled" in names:
+        return f"{place or 'the Hugging Face hub'} is needed, and HF_HUB_OFFLINE forbids to ask for it."
+    if package not in _NETWORK_PACKAGES and number not in _UNREACHABLE and "gaierror" not in names:
+        return None
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        # Of a name that the hub's library does not take.
+        return None
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = _STATUS_TEXTS.get(status) or (f"it answers with an error ({status})" if status else "it does not answer")
+    first = (text.strip().splitlines() or [""])[0]
+    detail = f" ({type(error).__name__}: {first[:200]})" if first and status is None else ""
+    return f"{place or 'the network or the Hugging Face hub'}: {reason}{detail}."
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether a rank has only lost another one, whose end is the reason."""
+    return any(
+        isinstance(one, RuntimeError) and any(text in str(one) for text in _LOST_RANK_TEXTS) for one in chain(error)
+    )
+
+
+def run(main: Callable[[], None], *, kept: str, place: str = "") -> None:
+    """Run the ``main`` of a command and end the process as a command should.
+
+    ========================== ====== =========================
+    end                        status stderr
+    ========================== ====== =========================
+    `UserError`, `surroundings` 1     one line
+    Ctrl-C                      130   one line: what is kept
+    reader of stdout has gone   141   nothing
+    ========================== ====== =========================
+
+    Args:
+        kept: what there is after an interruption, and how to go on.
+        place: what `surroundings` names where an error names no file.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted(kept)
+    except UserError as error:
+        exit_with(error)
+    except Exception as error:
+        reader_has_gone = isinstance(error, BrokenPipeError) and _reader_has_gone()
+        _drop_stdout()
+        if reader_has_gone:
+            sys.exit(_PIPE_CLOSED)
+        line = surroundings(error, place)
+        if line is None:
+            raise
+        exit_with(line)
+
+
+def interrupted(kept: str) -> NoReturn:
+    """End the process after Ctrl-C with one line."""
+    print(f"interrupted: {kept}", file=sys.stderr)
+    sys.exit(INTERRUPTED)
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; another broken pipe is a matter of the network."""
+    state = select.poll()
+    state.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in state.poll(0))
+
+
+def _drop_stdout() -> None:
+    """Let what stdout could not take vanish: Python tries once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """End the process with status 1 and the error in one line.
+
+    Ranks meet the same mistake together: the first one of a node says it, the others end without a word.
+    """
+    # It imports this module.
+    from nitp_titan.run.credentials import redact
+
+    # What TorchTitan and libraries say may have several lines.
+    message = redact(" ".join(f"error: {error}".splitlines()))
+    tell_torchrun(message)
+    sys.exit(message if _first_of_node() else 1)
+
+
+def exit_lost() -> NoReturn:
+    """End a rank with status 1 and one line, since another rank of its run has ended."""
+    message = f"rank {os.environ.get('RANK', '0')} ends: another rank of this run has ended."
+    # torchrun takes the earliest for the reason, and counts in seconds.
+    tell_torchrun(message, delay=60)
+    sys.exit(message)
+
+
+def tell_torchrun(message: str, delay: int = 0) -> None:
+    """Put the line in place of the traceback that TorchTitan's ``@record`` left for torchrun's summary.
+
+    Args:
+        delay: seconds by which it comes after the errors of other ranks.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()) + delay}))
+
+
+def _first_of_node() -> bool:
+    """Whether this rank is the first of its torchrun that ends with an error."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return True
+    try:
+        # Next to the folders of the ranks: <attempt>/<local rank>/error.json.
+        (Path(file).parent.parent / "said").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+class _Shown(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write out an integer of thousands of digits.
+        return repr(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
+
+
+_shown = _Shown()
+_shown.maxstring = _shown.maxother = 100
+
+
+def shown(value: object) -> str:
+    """``repr`` of a setting, cut where it is long: an error is one line."""
+    return _shown.repr(value)
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """``" Did you mean 'x'?"`` for the choice closest to ``word``, or the list of choices."""
+    # A mistyped letter scores above 0.6; so does a key with its words in another order.
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Choose from: {', '.join(sorted(choices))}." if choices else ""
