@@ -54,7 +54,7 @@ _FILE = Range(lambda value: value == "" or os.path.isfile(value), "the path of a
 _SCHEDULES = ("1F1B", "Interleaved1F1B", "GPipe", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 # Base classes, for a schedule that a CSV file spells out.
 _SCHEDULES_OF_CSV = ("PipelineScheduleSingle", "PipelineScheduleMulti", "_PipelineScheduleRuntime")
-_LOADER = {"seed": _FROM_0, "num_workers": _FROM_0, "prefetch_factor": _FROM_1}
+_LOADER = {"num_streams": _FROM_1, "seed": _FROM_0, "num_workers": _FROM_0, "prefetch_factor": _FROM_1}
 
 # Ranges that TorchTitan leaves to chance or to an assertion while it trains, by table and key. None is always allowed.
 RANGES: dict[str, dict[str, Range]] = {

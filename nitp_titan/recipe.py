@@ -31,6 +31,8 @@ RECIPE_KEYS: dict[str, set[str] | None] = {
     "optimizer": {"lr", "betas", "eps", "weight_decay", "param_groups"},
     "lr_scheduler": None,
     "training": {"seq_len", "global_batch_size", "steps", "max_norm"},
+    # The order of the sequences. Where the text is belongs to a train config.
+    "dataloader": {"num_streams", "seed", "shuffle"},
     "guard": None,
     "debug": {"seed"},
 }

@@ -39,7 +39,7 @@ def check_resume(config, tensors: dict[str, Tensor]) -> None:
         )
     checkpoint.check_model(tensors)
     if DATALOADER not in settings.exclude_from_loading and isinstance(config.dataloader, TextDataLoader.Config):
-        _check_data(checkpoint, config.dataloader.num_shards)
+        _check_data(checkpoint, config.dataloader.num_streams or 1)
 
 
 def _step(folder: Path, load_step: int) -> Path | None:
@@ -63,16 +63,16 @@ def _step(folder: Path, load_step: int) -> Path | None:
     return complete.get(last)
 
 
-def _check_data(checkpoint: Checkpoint, num_shards: int) -> None:
-    wanted = {"num_shards", "sequence", *(f"shard_{shard}" for shard in range(num_shards))}
+def _check_data(checkpoint: Checkpoint, num_streams: int) -> None:
+    wanted = {"num_streams", "sequence", *(f"stream_{stream}" for stream in range(num_streams))}
     if checkpoint.data_state != wanted:
-        found = sum(name.startswith("shard_") for name in checkpoint.data_state)
-        said = f"is of data in {found} parts, but [dataloader] num_shards = {num_shards}"
+        found = sum(name.startswith("stream_") for name in checkpoint.data_state)
+        said = f"is of data in {found} streams, but [dataloader] num_streams = {num_streams}"
         if not found:
             said = "has no state of the data that this version can go on with"
         raise UserError(
             f"{checkpoint.folder} {said}. With [checkpoint] exclude_from_loading = ['{DATALOADER}'] the data begins "
             "again.",
             table="dataloader",
-            key="num_shards",
+            key="num_streams",
         )

@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 
 from nitp_titan.config import UserError
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.data.packing import Batch, Documents, PackedText, Stream
+from nitp_titan.data.packing import Batch, open_documents, PackedText, Stream
 from nitp_titan.data.sources import (
     check_source,
     how_to_make,
@@ -65,16 +65,17 @@ class TextDataLoader(ParallelAwareDataloader):
         seed: int = 42
         """Seed of the draw of sources."""
 
-        num_shards: int = 1
-        """Parts that each source is read in, which decides the order of the sequences. A rank reads its own parts
-        only where this is a multiple of the number of data-parallel ranks; with 1 every rank reads everything."""
+        num_streams: int | None = None
+        """Streams that the documents of each source are dealt to, which decides the order of the sequences. A rank
+        reads its own streams only where this is a multiple of the number of data-parallel ranks; with 1 every rank
+        reads everything. Default: 1; of validation, that of training."""
 
         shuffle: bool = False
-        """Shuffle the documents of each part in the first epoch too; in later ones those of indexed sources always
+        """Shuffle the documents of each stream in the first epoch too; in later ones those of indexed sources always
         are."""
 
         infinite: bool = True
-        """Start again at the end; else a mixture ends with the first source that does."""
+        """Start again at the end; else a stream ends with the first of its sources that does."""
 
     def __init__(
         self,
@@ -85,38 +86,48 @@ class TextDataLoader(ParallelAwareDataloader):
         tokenizer: BaseTokenizer,
         seq_len: int,
         local_batch_size: int,
+        table: str = "dataloader",
         **kwargs,
     ):
-        check_dataset(config)
-        if config.infinite and config.num_shards % dp_world_size:
+        check_dataset(config, table)
+        self.config, num_streams = config, config.num_streams or 1
+        if num_streams % dp_world_size:
             logger.warning(
-                f"[dataloader] num_shards = {config.num_shards} is no multiple of {dp_world_size} data-parallel ranks: "
-                "each of them also reads and tokenizes what others train."
+                f"[dataloader] num_streams = {num_streams} is not a multiple of {dp_world_size} data-parallel ranks: "
+                f"for [{table}], each of them also reads and tokenizes what is of others."
             )
-        places = places_of(config, "dataloader")
+        places = places_of(config, table)
         opened = [_opened(place, tokenizer) for place in places]
 
-        def open_stream(source: int, shard: int, state: dict[str, Any] | None) -> Stream:
-            place, (documents, encode) = places[source], opened[source]
-            part = f", part {shard + 1} of {config.num_shards}," if config.num_shards > 1 else ""
-            return Stream(
-                partial(Documents, documents, shard, config.num_shards, shuffle=config.shuffle),
-                encode,
-                seq_len=seq_len,
-                infinite=config.infinite,
-                name=place.name + part,
-                empty=place.error("dataset_path", f" = '{place.name}'{part} holds no text."),
-                state=state,
-            )
+        def open_streams(source: int, states: dict[int, dict[str, Any] | None]) -> dict[int, Stream]:
+            place, (data, encode) = places[source], opened[source]
+            begun = {stream: state and state["document"] for stream, state in states.items()}
+            documents = open_documents(data, begun, num_streams, shuffle=config.shuffle)
+
+            def packed(stream: int) -> Stream:
+                part = f", stream {stream + 1} of num_streams = {num_streams}," if num_streams > 1 else ""
+                return Stream(
+                    documents[stream],
+                    encode,
+                    seq_len=seq_len,
+                    infinite=config.infinite,
+                    name=place.name + part,
+                    empty=place.error("dataset_path", f" = '{place.name}'{part} holds no text."),
+                    state=states[stream],
+                )
+
+            return {stream: packed(stream) for stream in states}
 
         self.dataset: PackedText
         self._state: dict[str, Any] | None = None
+        self.any_rank: Callable[[bool], bool] = bool
+        """Whether finite data goes on on any rank, asked after each batch of this one; by default, on this rank."""
         super().__init__(
             PackedText(
-                open_stream,
+                open_streams,
                 weights=[place.source.weight for place in places],
                 seed=config.seed,
-                num_shards=config.num_shards,
+                num_streams=num_streams,
                 seq_len=seq_len,
                 batch_size=local_batch_size,
                 rank=dp_rank,
@@ -132,40 +143,50 @@ class TextDataLoader(ParallelAwareDataloader):
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         for batch in super().__iter__():
+            if not self.config.infinite and not self.any_rank(batch.found):
+                return
             self._state = batch.state
             yield batch.inputs, batch.labels
 
     def state_dict(self) -> dict[str, Any]:
-        """State after the last batch that was handed out; each rank gives the parts that it reads."""
+        """State after the last batch that was handed out; each rank gives the streams that it reads."""
         state = self._state or self.dataset.start
-        shards = {f"shard_{shard}": json.dumps(streams) for shard, streams in state["shards"].items()}
-        return {"num_shards": self.dataset.num_shards, "sequence": state["sequence"], **shards}
+        streams = {f"stream_{stream}": json.dumps(by_source) for stream, by_source in state["streams"].items()}
+        return {"num_streams": self.dataset.num_streams, "sequence": state["sequence"], **streams}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state, taken on any number of ranks.
 
         Raises:
-            UserError: if it is of data with other sources or other parts.
+            UserError: if it is of data with other sources or another number of streams.
         """
         if not state_dict:
             return
-        if state_dict["num_shards"] != self.dataset.num_shards:
+        if state_dict["num_streams"] != self.dataset.num_streams:
             raise UserError(
-                f"[dataloader] num_shards = {self.dataset.num_shards}, but the checkpoint's data is in "
-                f"{state_dict['num_shards']} parts.",
+                f"[dataloader] num_streams = {self.dataset.num_streams}, but the checkpoint's data is in "
+                f"{state_dict['num_streams']} streams.",
                 table="dataloader",
-                key="num_shards",
+                key="num_streams",
             )
-        shards = {shard: json.loads(state_dict[f"shard_{shard}"]) for shard in self.dataset.shards}
-        num_sources = [len(streams) for streams in self.dataset.start["shards"].values()]
-        if num_sources != [len(streams) for streams in shards.values()]:
+        streams = {stream: json.loads(state_dict[f"stream_{stream}"]) for stream in self.dataset.streams}
+        num_sources = len(self.dataset.beginning["streams"][self.dataset.streams[0]])
+        other = next((len(found) for found in streams.values() if found is not None), num_sources)
+        if num_sources != other:
             raise UserError(
-                f"[dataloader] has {num_sources[0]} sources, but the checkpoint's data has "
-                f"{len(next(iter(shards.values())))}.",
-                table="dataloader",
+                f"[dataloader] has {num_sources} sources, but the checkpoint's data has {other}.", table="dataloader"
             )
-        self.dataset.start = {"sequence": state_dict["sequence"], "shards": shards}
+        self._start_from({"sequence": state_dict["sequence"], "streams": streams})
+
+    def rewind(self) -> None:
+        """Begin again with the first batch; sources stay open."""
+        self._start_from(self.dataset.beginning)
+
+    def _start_from(self, state: dict[str, Any]) -> None:
+        self.dataset.start = state
         self._state = None
+        # A worker that stays alive has a data set of its own.
+        self._iterator = None
 
 
 def _unchanged(batch: Batch) -> Batch:
@@ -211,13 +232,6 @@ def check_dataset(config: TextDataLoader.Config, table: str = "dataloader") -> N
             "documents.",
             table=table,
             key="num_workers",
-        )
-    if config.num_shards < 1 or (config.num_shards > 1 and not config.infinite):
-        raise UserError(
-            f"[{table}] num_shards = {config.num_shards}, but it must be 1 for finite data (infinite = false), else at "
-            "least 1.",
-            table=table,
-            key="num_shards",
         )
     for place in places_of(config, table):
         check_source(place)

@@ -1,27 +1,33 @@
 """Documents of text sources, packed into one order of sequences that does not depend on the number of ranks.
 
-The order is that of one endless row of sequences 0, 1, 2, ...: sequence ``j`` comes from shard ``j % num_shards`` of a
-source that a seeded draw chooses for it, and is trained by data-parallel rank ``j % num_ranks``. A rank reads the
-shards that hold its sequences and passes over the sequences of the others, so ranks share no work where ``num_shards``
-is a multiple of their number. How far every shard is read after a number of sequences follows from that number alone:
-a state taken on some ranks continues on any other number of them, with no sequence lost and none repeated.
+The order is that of one endless row of sequences 0, 1, 2, ...: sequence ``j`` comes from stream ``j % num_streams`` of
+a source that a seeded draw chooses for it, and is trained by data-parallel rank ``j % num_ranks``. The number of streams
+is the recipe's. Document ``n`` of a source goes to stream ``n % num_streams``; of a streamed source with at least as many
+files as streams, file ``n`` does. So what is added at the end of a source changes nothing before it in the first epoch.
+
+A rank reads the streams that hold its sequences and passes over the sequences of the others, so ranks share no work
+where ``num_streams`` is a multiple of their number. How far every stream is read after a number of sequences follows
+from that number alone: a state taken on some ranks continues on any other number of them, with no sequence lost and none
+repeated.
 """
 
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.logging import logger
 
 # Of the shuffle of every epoch, plus its number; TorchTitan's text datasets have the same.
 _SHUFFLE_SEED = 42
+# Documents that are taken from an indexed source at once: one at a time costs several times as much.
+_BLOCK = 16
 
 
 class PackedSequence(NamedTuple):
@@ -35,73 +41,168 @@ class PackedSequence(NamedTuple):
 class Batch(NamedTuple):
     """One batch of a rank and the state of the data after it.
 
-    ``inputs`` holds ``input`` and ``positions``, [batch, length]; ``labels`` is [batch, length].
+    ``inputs`` holds ``input`` and ``positions``, [batch, length]; ``labels`` is [batch, length]. Finite data that has
+    ended is not ``found`` any more: its rows have no label.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     state: dict[str, Any]
+    found: bool
 
 
-class Documents:
-    """Documents of one shard of a source, epoch after epoch; an indexed source is shuffled, by default from the second.
+def open_documents(
+    source: Dataset | IterableDataset,
+    states: Mapping[int, dict[str, Any] | None],
+    num_streams: int,
+    *,
+    shuffle: bool = False,
+) -> "dict[int, IndexedDocuments | StreamedDocuments]":
+    """Documents of some streams of a source.
 
     Args:
         source: an indexed or a streamed data set of Hugging Face ``datasets``.
-        shard, num_shards: which part of it.
-        state: from `state`, to go on from; None for the beginning.
+        states: of each stream, from its documents' `state` to go on from, or None for the beginning.
         shuffle: whether an indexed source is shuffled in the first epoch too.
+    """
+    if isinstance(source, Dataset):
+        return {
+            stream: IndexedDocuments(source, stream, num_streams, state, shuffle=shuffle)
+            for stream, state in states.items()
+        }
+    if source.num_shards >= num_streams:
+        own = {stream: source.shard(num_streams, stream, contiguous=False) for stream in states}
+        return {
+            stream: StreamedDocuments(Reading(own[stream], 1, {0: state}), 0, state)
+            for stream, state in states.items()
+        }
+    # A data set of its own, that knows of no state loaded before.
+    reading = Reading(source.shard(1, 0), num_streams, states)
+    return {stream: StreamedDocuments(reading, stream, state) for stream, state in states.items()}
+
+
+class IndexedDocuments:
+    """Documents of one stream of an indexed source, epoch after epoch; shuffled, by default from the second epoch on.
+
+    Args:
+        state: from `state`, to go on from; None for the beginning.
+        shuffle: whether the first epoch is shuffled too.
     """
 
     def __init__(
-        self,
-        source: Dataset | IterableDataset,
-        shard: int,
-        num_shards: int,
-        state: dict[str, Any] | None,
-        *,
-        shuffle: bool = False,
+        self, source: Dataset, stream: int, num_streams: int, state: dict[str, Any] | None, *, shuffle: bool = False
     ):
-        self._shuffle = shuffle
-        if isinstance(source, Dataset):
-            self._source = source.shard(num_shards, shard) if shard < len(source) else source.select(range(0))
-        elif source.num_shards >= num_shards:
-            self._source = source.shard(num_shards, shard)
-        else:
-            # Fewer files than shards: each reads all of them and keeps its share of the documents.
-            self._source = split_dataset_by_node(source, shard, num_shards)
+        self._source, self._shuffle = source, shuffle
+        self._numbers = range(stream, len(source), num_streams)
         self.epoch = state["epoch"] if state else 0
-        # Documents read of an indexed source; of a streamed one its own state, None before the first document.
-        self._read: Any = state["read"] if state else self._unread
-        self._rows = self._iterator()
+        # Documents read in this epoch.
+        self._read = state["read"] if state else 0
+        self._rows = self._from(self._read)
 
-    @property
-    def _unread(self) -> int | None:
-        return 0 if isinstance(self._source, Dataset) else None
-
-    def _iterator(self) -> Iterator[dict[str, Any]]:
-        if isinstance(self._source, Dataset):
-            shuffled = self._shuffle or self.epoch > 0
-            source = self._source.shuffle(seed=_SHUFFLE_SEED + self.epoch) if shuffled else self._source
-            return iter(source.skip(self._read)) if self._read < len(source) else iter(())
-        # A state that was loaded counts for its own epoch only.
-        self._source.set_epoch(self.epoch)
-        if self._read is not None:
-            self._source.load_state_dict(self._read)
-        return iter(self._source)
+    def _from(self, first: int) -> Iterator[dict[str, Any]]:
+        numbers: Sequence[int] | np.ndarray = self._numbers
+        if self._shuffle or self.epoch > 0:
+            order = np.random.default_rng(_SHUFFLE_SEED + self.epoch).permutation(len(numbers))
+            numbers = order * self._numbers.step + self._numbers.start
+        for start in range(first, len(numbers), _BLOCK):
+            columns = self._source[numbers[start : start + _BLOCK]]
+            yield from (dict(zip(columns, row)) for row in zip(*columns.values()))
 
     def next(self) -> dict[str, Any] | None:
         """The next document; None at the end of an epoch."""
         document = next(self._rows, None)
-        if document is not None:
-            self._read = self._read + 1 if isinstance(self._source, Dataset) else self._source.state_dict()
+        self._read += document is not None
         return document
 
     def start_epoch(self) -> None:
         """Begin again with the first document."""
         self.epoch += 1
-        self._read = self._unread
-        self._rows = self._iterator()
+        self._read = 0
+        self._rows = self._from(0)
+
+    def state(self) -> dict[str, Any]:
+        """Where the next document is: plain numbers."""
+        return {"epoch": self.epoch, "read": self._read}
+
+
+class Reading:
+    """Reads a streamed source once for some of its streams: document ``n`` goes to stream ``n % num_streams``.
+
+    Documents wait in memory until their stream asks for them: as many as the streams drift apart.
+
+    Args:
+        source: a data set that nobody else reads.
+        states: of each stream, from `StreamedDocuments.state` to go on from, or None for the beginning.
+    """
+
+    def __init__(self, source: IterableDataset, num_streams: int, states: Mapping[int, dict[str, Any] | None]):
+        self._source, self._num_streams = source, num_streams
+        # Of each stream, documents with the state after them; None is the end of an epoch.
+        self._waiting: dict[int, deque[tuple[dict[str, Any], dict[str, Any]] | None]] = {s: deque() for s in states}
+        # Epoch and number of the document from which on each stream reads.
+        self._from = {
+            stream: (state["epoch"], state["read"]["number"] if state["read"] else 0) if state else (0, 0)
+            for stream, state in states.items()
+        }
+        last = min(states, key=self._from.__getitem__)
+        self._epoch, self._number = self._from[last]
+        self._rows: Iterator[dict[str, Any]] | None = self._pass(states[last] and states[last]["read"])
+
+    def _pass(self, read: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        # A state that was loaded counts for its own epoch only.
+        self._source.set_epoch(self._epoch)
+        if read is not None:
+            self._source.load_state_dict(read["source"])
+        return iter(self._source)
+
+    def next(self, stream: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The next document of a stream and the state after it; None at the end of an epoch."""
+        waiting = self._waiting[stream]
+        while not waiting:
+            self._read()
+        return waiting.popleft()
+
+    def _read(self) -> None:
+        if self._rows is None:
+            self._epoch, self._number = self._epoch + 1, 0
+            self._rows = self._pass(None)
+        document, place = next(self._rows, None), (self._epoch, self._number)
+        if document is None:
+            self._rows = None
+            for stream, waiting in self._waiting.items():
+                if place >= self._from[stream]:
+                    waiting.append(None)
+            return
+        stream = self._number % self._num_streams
+        self._number += 1
+        if stream in self._waiting and place >= self._from[stream]:
+            self._waiting[stream].append((document, {"number": self._number, "source": self._source.state_dict()}))
+
+
+class StreamedDocuments:
+    """Documents of one stream of a streamed source, epoch after epoch.
+
+    Args:
+        state: from `state`, to go on from; None for the beginning.
+    """
+
+    def __init__(self, reading: Reading, stream: int, state: dict[str, Any] | None):
+        self._reading, self._stream = reading, stream
+        self.epoch = state["epoch"] if state else 0
+        self._read = state["read"] if state else None
+
+    def next(self) -> dict[str, Any] | None:
+        """The next document; None at the end of an epoch."""
+        found = self._reading.next(self._stream)
+        if found is None:
+            return None
+        document, self._read = found
+        return document
+
+    def start_epoch(self) -> None:
+        """Begin again with the first document."""
+        self.epoch += 1
+        self._read = None
 
     def state(self) -> dict[str, Any]:
         """Where the next document is: plain numbers, strings, lists and tables."""
@@ -116,12 +217,12 @@ class _Pending(NamedTuple):
 
 
 class Stream:
-    """Packed sequences of one shard of one source.
+    """Packed sequences of one stream of one source.
 
     The state is a document and an offset into it, not tokens: what is in between is read again.
 
     Args:
-        documents: makes the documents from a state, or from the beginning.
+        documents: of this stream, from where ``state`` has them.
         tokens_of: tokens of a document, with those that begin and end it.
         seq_len: tokens per sequence.
         infinite: whether to begin again at the end.
@@ -132,7 +233,7 @@ class Stream:
 
     def __init__(
         self,
-        documents: Callable[[dict[str, Any] | None], Documents],
+        documents: IndexedDocuments | StreamedDocuments,
         tokens_of: Callable[[dict[str, Any]], list[int] | Tensor],
         *,
         seq_len: int,
@@ -141,7 +242,7 @@ class Stream:
         empty: Exception,
         state: dict[str, Any] | None,
     ):
-        self._documents = documents(state and state["document"])
+        self._documents = documents
         self._tokens_of = tokens_of
         self._seq_len, self._infinite, self._name, self._empty = seq_len, infinite, name, empty
         self._pending: deque[_Pending] = deque()
@@ -150,27 +251,33 @@ class Stream:
         self._num_tokens = -self._offset
         # Whether this epoch had a token; of one that is gone on with it is not known.
         self._found_any = state is not None
+        self._ended = False
 
     def next(self) -> PackedSequence | None:
-        """The next sequence; None at the end of finite data, of which less than a sequence may be left.
+        """The next sequence; None at the end of finite data, whose last sequence is filled up with what has no label.
 
         Raises:
             Exception: ``empty``, if a whole epoch of endless data has no token.
         """
         while self._num_tokens < self._seq_len:
             if not self._read_document():
-                return None
+                return self._last()
         return self._pack(self._seq_len)
 
-    def remainder(self) -> PackedSequence | None:
-        """What finite data leaves over at its end: a shorter sequence, which training drops; None if there is none."""
-        return self._pack(self._num_tokens) if self._num_tokens > 0 else None
+    def _last(self) -> PackedSequence | None:
+        length = self._num_tokens
+        if length <= 0:
+            return None
+        return PackedSequence(*map(torch.cat, zip(self._pack(length), _nothing(self._seq_len - length))))
 
     def _read_document(self) -> bool:
+        if self._ended:
+            return False
         state = self._documents.state()
         document = self._documents.next()
         if document is None:
             if not self._infinite:
+                self._ended = True
                 return False
             if not self._found_any:
                 raise self._empty
@@ -209,15 +316,22 @@ class Stream:
         return {"document": document, "offset": self._offset}
 
 
+def _nothing(length: int) -> PackedSequence:
+    """What fills a row up: tokens without labels."""
+    nothing = torch.zeros(length, dtype=torch.int64)
+    return PackedSequence(nothing, torch.full_like(nothing, IGNORE_INDEX), torch.arange(length))
+
+
 class PackedText(torch.utils.data.IterableDataset):
-    """Batches of one data-parallel rank, each with the state after it.
+    """Batches of one data-parallel rank, each with the state after it; without an end.
+
+    A stream of finite data ends with the first of its sources that does; rows of what has ended have no label.
 
     Args:
-        open_stream: makes the stream of a source and a shard from a state, or from the beginning.
+        open_streams: makes streams of a source by their numbers, each from a state, or from the beginning.
         weights: share of each source in the sequences.
         seed: of the draw of sources.
-        num_shards: parts that each source is read in. Finite data ends with the first source that does and needs one
-            shard, so that all ranks see the end at the same batch.
+        num_streams: parts that each source is read in.
         seq_len: tokens per sequence.
         batch_size: sequences per batch of this rank.
         rank, num_ranks: which of all batches.
@@ -225,53 +339,65 @@ class PackedText(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        open_stream: Callable[[int, int, dict[str, Any] | None], Stream],
+        open_streams: Callable[[int, dict[int, dict[str, Any] | None]], dict[int, Stream]],
         *,
         weights: Sequence[float],
         seed: int,
-        num_shards: int,
+        num_streams: int,
         seq_len: int,
         batch_size: int,
         rank: int,
         num_ranks: int,
     ):
-        self._open_stream = open_stream
+        self._open_streams = open_streams
         self._weights, self._seed, self._seq_len = list(weights), seed, seq_len
         self._batch_size, self._rank, self._num_ranks = batch_size, rank, num_ranks
-        self.num_shards = num_shards
-        step = math.gcd(num_ranks, num_shards)
-        self.shards = range(rank % step, num_shards, step)
-        """Shards that hold sequences of this rank."""
-        self.start: dict[str, Any] = {"sequence": 0, "shards": {shard: [None] * len(weights) for shard in self.shards}}
-        """State to start from: the first sequence of the next batch, of all ranks together, and that of each stream."""
-        self._streams: dict[int, list[Stream]] = {}
+        self.num_streams = num_streams
+        step = math.gcd(num_ranks, num_streams)
+        self.streams = range(rank % step, num_streams, step)
+        """Streams that hold sequences of this rank."""
+        self.start = self.beginning
+        """State to start from: the first sequence of the next batch, of all ranks together, and that of each stream by
+        source; None of a stream that has ended."""
+
+    @property
+    def beginning(self) -> dict[str, Any]:
+        """State before the first batch."""
+        return {"sequence": 0, "streams": {stream: [None] * len(self._weights) for stream in self.streams}}
 
     def __iter__(self) -> Iterator[Batch]:
-        self._streams = {
-            shard: [self._open_stream(source, shard, state) for source, state in enumerate(states)]
-            for shard, states in self.start["shards"].items()
-        }
+        streams = self._opened(self.start["streams"])
         sequence, length = self.start["sequence"], self._batch_size * self._num_ranks
         while True:
-            rows, end = self._read(sequence, sequence + length)
-            if end < sequence + length:
-                if rows := self._filled(rows, end - sequence):
-                    yield self._batch(rows, end)
-                return
-            sequence = end
-            yield self._batch(rows, sequence)
+            rows, found = self._read(streams, sequence, sequence + length)
+            sequence += length
+            yield self._batch(streams, rows, sequence, found)
 
-    def _read(self, first: int, end: int) -> tuple[list[PackedSequence], int]:
-        """This rank's share of the sequences from ``first`` on, and the sequence before which the reading ended."""
-        rows = []
+    def _opened(self, states: dict[int, list[dict[str, Any] | None] | None]) -> dict[int, list[Stream] | None]:
+        going = {stream: by_source for stream, by_source in states.items() if by_source is not None}
+        opened = [
+            self._open_streams(source, {stream: by_source[source] for stream, by_source in going.items()})
+            for source in range(len(self._weights) if going else 0)
+        ]
+        return {stream: [streams[stream] for streams in opened] if stream in going else None for stream in states}
+
+    def _read(
+        self, streams: dict[int, list[Stream] | None], first: int, end: int
+    ) -> tuple[list[PackedSequence], bool]:
+        """This rank's share of the sequences from ``first`` on, and whether there was any that it read."""
+        rows, found = [], False
         for sequence in range(first, end):
-            if sequence % self.num_shards in self._streams:
-                packed = self._streams[sequence % self.num_shards][self._draw(sequence)].next()
-                if packed is None:
-                    return rows, sequence
-                if sequence % self._num_ranks == self._rank:
-                    rows.append(packed)
-        return rows, end
+            stream = sequence % self.num_streams
+            if stream not in streams:
+                continue
+            by_source = streams[stream]
+            packed = by_source[self._draw(sequence)].next() if by_source is not None else None
+            if packed is None:
+                streams[stream] = None
+            found |= packed is not None
+            if sequence % self._num_ranks == self._rank:
+                rows.append(_nothing(self._seq_len) if packed is None else packed)
+        return rows, found
 
     def _draw(self, sequence: int) -> int:
         """Source of a sequence: a function of seed and sequence, so that it needs no state."""
@@ -279,18 +405,13 @@ class PackedText(torch.utils.data.IterableDataset):
             return 0
         return random.Random(f"{self._seed} {sequence}").choices(range(len(self._weights)), self._weights)[0]
 
-    def _filled(self, rows: list[PackedSequence], num_sequences: int) -> list[PackedSequence]:
-        """The last, shorter batch with as many rows as on all other ranks; the one too many has no label."""
-        while len(rows) < math.ceil(num_sequences / self._num_ranks):
-            nothing = torch.zeros(self._seq_len, dtype=torch.int64)
-            rows.append(PackedSequence(nothing, torch.full_like(nothing, IGNORE_INDEX), torch.arange(self._seq_len)))
-        return rows
-
-    def _batch(self, rows: list[PackedSequence], sequence: int) -> Batch:
+    def _batch(
+        self, streams: dict[int, list[Stream] | None], rows: list[PackedSequence], sequence: int, found: bool
+    ) -> Batch:
         tokens, labels, positions = (torch.stack(column) for column in zip(*rows))
-        shards = {shard: [stream.state() for stream in streams] for shard, streams in self._streams.items()}
-        return Batch({"input": tokens, "positions": positions}, labels, {"sequence": sequence, "shards": shards})
-
-    def remainder(self) -> PackedSequence | None:
-        """What finite data of one source leaves over after the last batch, see `Stream.remainder`."""
-        return self._streams[0][0].remainder()
+        states = {
+            stream: None if by_source is None else [one.state() for one in by_source]
+            for stream, by_source in streams.items()
+        }
+        state = {"sequence": sequence, "streams": states}
+        return Batch({"input": tokens, "positions": positions}, labels, state, found)

@@ -1,7 +1,7 @@
 """Cross-entropy, perplexity and bits per byte of a text, packed exactly as in training.
 
 The model folder's tokenizer is read as TorchTitan reads it, `TextDataLoader` packs the documents, positions restart
-with every document and attention does not cross documents. Unlike in training the last, shorter sequence counts too, so
+with every document and attention does not cross documents. The last sequence is filled up with what has no label, so
 that every document is there wholly and bits per byte are exact.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from tqdm import tqdm
 
@@ -144,7 +145,8 @@ def measure(text: Path, field: str, seq_len: int, loaded: LoadedModel) -> dict[s
             seq_len=seq_len,
             local_batch_size=loaded.batch_size,
         )
-        nats = torch.cat([_nats(loaded.model, *batch) for batch in _batches(loader, text.name)] or [torch.zeros(0)])
+        batches = tqdm(loader, desc=text.name, unit=" batches", mininterval=1.0)
+        nats = torch.cat([_nats(loaded.model, *batch) for batch in batches] or [torch.zeros(0)])
     by_document = [float(part.sum()) for part in nats.split(tokenizer.num_tokens)]
     if not sum(tokenizer.num_tokens) or not sum(tokenizer.num_bytes):
         raise UserError(f"--text {text} holds no text.")
@@ -175,12 +177,6 @@ def _tokenizer(source: str) -> _Documents:
         raise UserError(f"{source}: its tokenizer does not load as in training: {reason}") from error
 
 
-def _batches(loader: TextDataLoader, name: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    yield from tqdm(loader, desc=name, unit=" batches", mininterval=1.0)
-    if (rest := loader.dataset.remainder()) is not None:
-        yield {"input": rest.tokens_L[None], "positions": rest.positions_L[None]}, rest.labels_L[None]
-
-
 def _nats(model, inputs: dict[str, Tensor], labels_BL: Tensor) -> Tensor:
     """Nats of every label of a batch, in the order of the text, [batch * length], float64 on the CPU.
 
@@ -188,8 +184,10 @@ def _nats(model, inputs: dict[str, Tensor], labels_BL: Tensor) -> Tensor:
     right, where causal attention does not look. That holds for every architecture, while only some of transformers keep
     packed documents apart by their positions (GPT-OSS does not).
     """
-    tokens, labels = (tensor.flatten() for tensor in (inputs["input"], labels_BL))
-    starts = (inputs["positions"].flatten() == 0).nonzero().flatten().tolist()
+    labelled_BL = labels_BL != IGNORE_INDEX
+    # Without what only fills the last sequences up.
+    tokens, labels, positions = (x[labelled_BL] for x in (inputs["input"], labels_BL, inputs["positions"]))
+    starts = (positions == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], len(tokens)])]
     tokens, labels = tokens.split(lengths), labels.split(lengths)
     nats: list[Tensor] = [torch.empty(0)] * len(lengths)

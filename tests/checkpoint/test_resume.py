@@ -157,7 +157,11 @@ def _garbage(folder):
             None,
             r"load_step = 9: .* has no such complete checkpoint; there are: 2, 3\.",
         ),
-        ({"dataloader": {"num_shards": 4}}, None, r"step-3 is of data in 1 parts, but \[dataloader\] num_shards = 4"),
+        (
+            {"dataloader": {"num_streams": 4}},
+            None,
+            r"step-3 is of data in 1 streams, but \[dataloader\] num_streams = 4",
+        ),
         ({}, _truncate, r"__0_0.distcp has [\d,]+ bytes instead of [\d,]+: the checkpoint is incomplete"),
         ({}, _garbage, r"step-3/.metadata is damaged"),
     ],
@@ -210,8 +214,8 @@ def test_a_run_killed_between_a_checkpoint_and_its_validation_validates_again(as
         assert read_records(path) == whole
 
 
-def test_data_can_begin_again_under_other_parts(copy):
-    config = _config(copy, dataloader={"num_shards": 4}, checkpoint={"exclude_from_loading": ["dataloader"]})
+def test_data_can_begin_again_in_other_streams(copy):
+    config = _config(copy, dataloader={"num_streams": 4}, checkpoint={"exclude_from_loading": ["dataloader"]})
     trainer = config.build()
     trainer.checkpointer.load(step=-1)
     trainer.close()

@@ -11,7 +11,6 @@ import torch.distributed.checkpoint as dcp
 from test_mixtures import _documents, _loader, _texts, _uneven, _write
 
 from nitp_titan.config import UserError
-from nitp_titan.data.loader import check_dataset, TextDataLoader
 from nitp_titan.data.mixtures import TextSource
 
 GLOBAL_BATCH = 12
@@ -60,10 +59,10 @@ def _sources(tmp_path, streaming, num_files=1, count=37):
     ]
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 4, 6])
+@pytest.mark.parametrize("num_streams", [1, 2, 4, 6])
 @pytest.mark.parametrize(("streaming", "num_files"), [(None, 1), (True, 1), (True, 6)])
-def test_every_number_of_ranks_trains_the_same_sequences_in_every_step(tmp_path, num_shards, streaming, num_files):
-    config = {"sources": _sources(tmp_path, streaming, num_files), "num_shards": num_shards}
+def test_every_number_of_ranks_trains_the_same_sequences_in_every_step(tmp_path, num_streams, streaming, num_files):
+    config = {"sources": _sources(tmp_path, streaming, num_files), "num_streams": num_streams}
     one = _World(1, **config)
     worlds = [_World(ranks, **config) for ranks in RANKS[1:]] + [_World(2, microbatches=3, **config)]
     for _ in range(20):
@@ -75,13 +74,13 @@ def test_every_number_of_ranks_trains_the_same_sequences_in_every_step(tmp_path,
 
 
 def _streams(state):
-    return [json.loads(value) for key, value in state.items() if key.startswith("shard_")]
+    return [json.loads(value) for key, value in state.items() if key.startswith("stream_")]
 
 
-@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("num_streams", [1, 4])
 @pytest.mark.parametrize(("streaming", "num_files"), [(None, 1), (True, 4)])
-def test_a_run_goes_on_on_other_ranks_without_a_lost_or_repeated_sequence(tmp_path, num_shards, streaming, num_files):
-    config = {"sources": _sources(tmp_path, streaming, num_files), "num_shards": num_shards}
+def test_a_run_goes_on_on_other_ranks_without_a_lost_or_repeated_sequence(tmp_path, num_streams, streaming, num_files):
+    config = {"sources": _sources(tmp_path, streaming, num_files), "num_streams": num_streams}
     whole = _World(1, **config)
     expected = [whole.step() for _ in range(18)]
     for path in ((1, 2, 4, 1, 3), (4, 1, 2), (3, 2, 1)):
@@ -94,10 +93,10 @@ def test_a_run_goes_on_on_other_ranks_without_a_lost_or_repeated_sequence(tmp_pa
         assert steps == expected[: len(steps)], path
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
-def test_an_epoch_holds_every_token_of_every_document_once(tmp_path, num_shards):
+@pytest.mark.parametrize("num_streams", [1, 3])
+def test_an_epoch_holds_every_token_of_every_document_once(tmp_path, num_streams):
     rows = _documents("a", 24)
-    world = _World(2, dataset_path=_write(tmp_path / "a", rows), num_shards=num_shards)
+    world = _World(2, dataset_path=_write(tmp_path / "a", rows), num_streams=num_streams)
     for epoch in range(3):
         texts = [text for _ in range(2) for iterator in world._iterators for text in _texts([next(iterator)])]
         assert sorted(texts) == [row["text"] for row in rows], epoch
@@ -115,7 +114,7 @@ def test_a_rank_reads_its_own_parts_only_where_ranks_divide_them(tmp_path):
     path = _write(tmp_path / "a", _documents("a", 24))
     read = {
         (ranks, shards): [
-            list(loader.dataset.shards) for loader in _World(ranks, dataset_path=path, num_shards=shards).loaders
+            list(loader.dataset.streams) for loader in _World(ranks, dataset_path=path, num_streams=shards).loaders
         ]
         for ranks, shards in ((2, 4), (4, 4), (2, 1), (3, 4), (4, 6))
     }
@@ -130,12 +129,12 @@ def test_ranks_that_read_what_others_train_are_told(tmp_path, caplog):
     caplog.set_level("WARNING")
     path = _write(tmp_path / "a", _documents("a", 24))
     for ranks, shards in ((1, 1), (2, 4), (4, 4)):
-        _World(ranks, dataset_path=path, num_shards=shards)
+        _World(ranks, dataset_path=path, num_streams=shards)
     assert not caplog.messages
-    _World(3, dataset_path=path, num_shards=4)
+    _World(3, dataset_path=path, num_streams=4)
     assert set(caplog.messages) == {
-        "[dataloader] num_shards = 4 is no multiple of 3 data-parallel ranks: each of them also reads and tokenizes "
-        "what others train."
+        "[dataloader] num_streams = 4 is not a multiple of 3 data-parallel ranks: for [dataloader], each of them also "
+        "reads and tokenizes what is of others."
     }
 
 
@@ -159,38 +158,37 @@ def test_a_document_is_as_long_as_it_likes(tmp_path):
     path = tmp_path / "long.jsonl"
     text = "".join(chr(97 + index % 26) for index in range(1000))
     path.write_text(json.dumps({"text": text}) + "\n")
-    inputs = [inputs for inputs, _ in _loader(dataset_path=str(path), infinite=False)]
-    assert "".join(_texts([({"input": batch["input"]}, None) for batch in inputs])) == text[: 31 + 30 * 32]
-    assert all(torch.equal(batch["positions"][0], torch.arange(32)) for batch in inputs)
+    batches = list(_loader(dataset_path=str(path), infinite=False))
+    real = torch.cat([inputs["input"][labels != -100] for inputs, labels in batches])
+    assert _texts([({"input": real[None]}, None)]) == [text]
+    assert all(torch.equal(inputs["positions"][0], torch.arange(32)) for inputs, _ in batches[:-1])
+    # The document's last 9 tokens, then what only fills the sequence up.
+    assert torch.equal(batches[-1][0]["positions"][0], torch.cat([torch.arange(9), torch.arange(23)]))
+    assert (batches[-1][1][0] != -100).tolist() == [True] * 9 + [False] * 23
 
 
 @pytest.mark.parametrize("streaming", [None, True])
 def test_a_part_without_text_is_named_instead_of_read_forever(tmp_path, streaming):
     path = _write(tmp_path / "a", _documents("a", 3))
-    with pytest.raises(UserError, match=r"dataset_path = '.*', part 4 of 4, holds no text"):
-        _loader(dataset_path=path, num_shards=4, batch=4, streaming=streaming).__iter__().__next__()
+    with pytest.raises(UserError, match=r"dataset_path = '.*', stream 4 of num_streams = 4, holds no text"):
+        _loader(dataset_path=path, num_streams=4, batch=4, streaming=streaming).__iter__().__next__()
 
 
 def test_the_state_on_disk_is_text_and_numbers(tmp_path):
-    loader = _loader(sources=_sources(tmp_path, True), num_shards=2)
+    loader = _loader(sources=_sources(tmp_path, True), num_streams=2)
     next(iter(loader))
     dcp.save({"dataloader": loader}, checkpoint_id=tmp_path / "step-1", no_dist=True)
     saved = dcp.FileSystemReader(tmp_path / "step-1").read_metadata().state_dict_metadata
-    assert sorted(saved) == [f"dataloader.{key}" for key in ("num_shards", "sequence", "shard_0", "shard_1")]
+    assert sorted(saved) == [f"dataloader.{key}" for key in ("num_streams", "sequence", "stream_0", "stream_1")]
     assert {type(value) for value in loader.state_dict().values()} == {int, str}
 
 
 def test_a_state_of_other_data_is_refused(tmp_path):
     sources = _sources(tmp_path, None)
-    state = _loader(sources=sources, num_shards=2).state_dict()
-    with pytest.raises(UserError, match=r"num_shards = 4, but the checkpoint's data is in 2 parts"):
-        _loader(sources=sources, num_shards=4).load_state_dict(state)
+    state = _loader(sources=sources, num_streams=2).state_dict()
+    with pytest.raises(UserError, match=r"num_streams = 4, but the checkpoint's data is in 2 streams"):
+        _loader(sources=sources, num_streams=4).load_state_dict(state)
     with pytest.raises(UserError, match=r"\[dataloader\] has 1 sources, but the checkpoint's data has 2"):
-        _loader(sources=sources[:1], num_shards=2).load_state_dict(state)
+        _loader(sources=sources[:1], num_streams=2).load_state_dict(state)
 
 
-@pytest.mark.parametrize(("num_shards", "infinite"), [(0, True), (-1, True), (2, False)])
-def test_parts_that_cannot_be_are_refused(tmp_path, num_shards, infinite):
-    path = _write(tmp_path / "a", _documents("a", 3))
-    with pytest.raises(UserError, match=rf"\[dataloader\] num_shards = {num_shards}, but it must be 1 for finite data"):
-        check_dataset(TextDataLoader.Config(dataset_path=path, num_shards=num_shards, infinite=infinite))

@@ -98,15 +98,15 @@ def _steps(tokenizer, num_steps, *, num_ranks=1, state=None, **config):
 
 
 def _epoch(state):
-    return min(stream["document"]["epoch"] for key in state if "shard_" in key for stream in json.loads(state[key]))
+    return min(stream["document"]["epoch"] for key in state if "stream_" in key for stream in json.loads(state[key]))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("num_streams", [1, 3])
 @pytest.mark.parametrize("mixture", [False, True])
-def test_tokens_give_the_sequences_of_their_text_in_every_epoch(tokenizer, sources, mixture, num_shards, shuffle):
+def test_tokens_give_the_sequences_of_their_text_in_every_epoch(tokenizer, sources, mixture, num_streams, shuffle):
     texts, tokens = sources
-    config = {"num_shards": num_shards, "shuffle": shuffle, "seed": 7}
+    config = {"num_streams": num_streams, "shuffle": shuffle, "seed": 7}
     expected, state = _steps(tokenizer, 90, **config, sources=[*texts] if mixture else [texts[0]])
     assert _epoch(state) >= 2
     # In a mixture the second source may stay text.
@@ -115,9 +115,9 @@ def test_tokens_give_the_sequences_of_their_text_in_every_epoch(tokenizer, sourc
         assert _steps(tokenizer, 90, num_ranks=num_ranks, **config, sources=given) == (expected, state)
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
-def test_shuffled_tokens_go_on_on_other_ranks_without_a_lost_or_repeated_sequence(tokenizer, sources, num_shards):
-    config = {"num_shards": num_shards, "shuffle": True, "sources": [*sources[1]]}
+@pytest.mark.parametrize("num_streams", [1, 3])
+def test_shuffled_tokens_go_on_on_other_ranks_without_a_lost_or_repeated_sequence(tokenizer, sources, num_streams):
+    config = {"num_streams": num_streams, "shuffle": True, "sources": [*sources[1]]}
     expected, _ = _steps(tokenizer, 48, **config)
     for path in ((1, 3, 2, 1), (2, 6, 3, 2)):
         state, steps = None, []

@@ -27,7 +27,7 @@ from matrix import DEGREES, MODELS
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.trainer import NITPTrainer
 
-GLOBAL_BATCH, NUM_SHARDS = 4, 2
+GLOBAL_BATCH, NUM_STREAMS = 4, 2
 
 
 class Recorded(TextDataLoader):
@@ -85,7 +85,7 @@ def train(folder: Path, part: dict) -> dict:
     config.optimizer.param_groups[0].optimizer_kwargs["eps"] = 1e-3
     run.mkdir(parents=True, exist_ok=True)
     data = {field.name: getattr(config.dataloader, field.name) for field in dataclasses.fields(config.dataloader)}
-    data |= {"folder": str(run), "num_shards": NUM_SHARDS}
+    data |= {"folder": str(run), "num_streams": NUM_STREAMS}
     trainer: NITPTrainer = dataclasses.replace(config, dataloader=Recorded.Config(**data)).build()
     trainer.train()
     trainer.close()

@@ -157,7 +157,7 @@ def test_nats_of_different_tokens_have_no_difference(without_bos, text, scores):
     assert found.paired and found.value == other["bits_per_byte"].value - scores["bits_per_byte"].value
 
 
-def test_training_drops_what_the_remainder_holds(folder, text):
+def test_what_is_left_over_at_the_end_of_a_text_is_measured_too(folder, text):
     tokenizer = perplexity._Documents(str(folder))
     loader = perplexity.TextDataLoader(
         perplexity._source(text, "text"),
@@ -167,14 +167,16 @@ def test_training_drops_what_the_remainder_holds(folder, text):
         seq_len=SEQ_LEN,
         local_batch_size=1,
     )
-    packed = [token for inputs, _ in loader for token in inputs["input"].flatten().tolist()]
-    tokens, labels, positions = loader.dataset.remainder()
+    tokens, labels, positions = (
+        torch.cat(parts).flatten()
+        for parts in zip(*((inputs["input"], labels, inputs["positions"]) for inputs, labels in loader))
+    )
     everything = [token for tokens in _documents(load(folder), bos=True) for token in tokens[:-1]]
-    assert len(packed) % SEQ_LEN == 0 and packed + tokens.tolist() == everything
-    assert labels[-1] == 1 and len(labels) == len(everything) % SEQ_LEN
-    # The sequence begins within a document, whose positions begin again; "x" is the last: BOS and one token.
-    assert positions[0] == 0 and positions[-2:].tolist() == [0, 1]
-    assert loader.dataset.remainder() is None
+    end = len(everything)
+    assert tokens[:end].tolist() == everything and labels[end - 1] == 1 and end < len(tokens) < end + SEQ_LEN
+    # The last sequence begins within a document, whose positions begin again; "x" is the last: BOS and one token.
+    assert positions[-SEQ_LEN] == 0 and positions[end - 2 : end + 1].tolist() == [0, 1, 0]
+    assert (labels[:end] != -100).all() and (labels[end:] == -100).all()
 
 
 def test_the_sequence_is_as_long_as_every_model_allows(folder, text, tmp_path):
