@@ -152,6 +152,7 @@ def report(result: dict[str, Any]) -> str:
     nitp = f"; NITP adds {result['nitp_flops'] / 1e9:.3f}G = {result['nitp_overhead']:.1%}" if result["nitp"] else ""
     hours = result["device_hours"]
     lines = [
+        ("source", header(Path(result["recipe"])).get("Source", "-")),
         (
             "model",
             f"{result['model']}: {result['parameters'] / 1e9:.3f}B parameters, "

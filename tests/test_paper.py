@@ -211,5 +211,28 @@ def test_the_table_of_all_recipes_is_current():
     assert path.read_text(encoding="utf-8") == text, "run `python scripts/recipe.py table`"
 
 
+_OF_THE_45B = ("45b-a5.5b", "45b_a5.5b", "45b_")
+
+
+def test_every_line_on_the_45b_says_that_only_arxiv_v1_has_it():
+    """App. C of v1; the authors dropped the model in v2."""
+    pages = [recipe.PROJECT / "README.md", *(recipe.PROJECT / "recipes").glob("*.md")]
+    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in recipe.available("recipes") if "45b" in name]
+    lines += [f"{catalog.entry(name).model}: {catalog.entry(name).source}" for name in names]
+    spoken = [line for line in lines if "45b" in line.lower()]
+    assert len(spoken) >= 9
+    assert [line for line in spoken if "arXiv v1 only" not in line] == []
+
+
+def test_every_file_on_the_45b_says_that_only_arxiv_v1_has_it():
+    folders = [recipe.PROJECT / name for name in ("recipes", "train_configs", "nitp_titan")]
+    files = [path for folder in folders for path in folder.rglob("*")]
+    texts = {path: path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".toml")}
+    about = [path for path, text in texts.items() if any(name in text.lower() for name in _OF_THE_45B)]
+    assert len(about) >= 5
+    assert [str(path) for path in about if "arXiv v1 only" not in texts[path]] == []
+
+
 def test_counts_are_plain_numbers():
     assert all(type(value) is int for value in dataclasses.asdict(_counts("moe/nitp_9b_a1b")).values())

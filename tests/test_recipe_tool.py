@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nitp_titan import dry_run, recipe
+from nitp_titan import catalog, dry_run, recipe
 
 PROJECT = recipe.PROJECT
 
@@ -92,6 +92,8 @@ def test_check_counts_and_exits_non_zero_when_one_fails(tmp_path):
     assert fair < result["rank_parameters"] < 2 * fair
     text = (PROJECT / "train_configs/h100x128_pp.toml").read_text()
     (tmp_path / "odd.toml").write_text(text.replace("expert_parallel_degree = 8", "expert_parallel_degree = 32"))
+    shown = catalog.report(result)
+    assert "source      paper App. C, column MoE 45b-A5.5b (arXiv v1 only, dropped by the authors in v2)" in shown
     bad = _tool("check", "moe/nitp_45b_a5.5b", str(tmp_path / "odd.toml"))
     assert bad.returncode == 1 and "0 of 1 checks passed" in bad.stdout
     assert "expert_parallel_degree = 32 does not divide the model's 144 experts" in bad.stdout

@@ -5,6 +5,7 @@ from typing import Any
 
 from nitp_titan import markdown
 from nitp_titan.checkpoint.saved import Checkpoint
+from nitp_titan.lr_scheduler import WSDSchedulers
 from nitp_titan.metrics_file import read_records
 
 _CITATION = """\
@@ -72,14 +73,12 @@ def model_card(checkpoint: Checkpoint, config, architecture: str) -> str:
 
 def _settings(config) -> dict[str, Any]:
     training, nitp = config.training, config.nitp
-    schedule = config.lr_scheduler
     settings = {
         "sequence length": training.seq_len,
         "global batch (sequences)": training.global_batch_size,
         "tokens per step": training.global_batch_size * training.seq_len,
         "steps": training.steps,
-        "schedule": f"{schedule.warmup_steps} warm-up steps, {schedule.decay_type} decay over the last "
-        f"{schedule.decay_ratio or 0:.0%}",
+        "schedule": schedule(config.lr_scheduler, training.steps),
         "seed": config.debug.seed,
     }
     for group in config.optimizer.param_groups:
@@ -88,6 +87,22 @@ def _settings(config) -> dict[str, Any]:
     if nitp.enabled:
         settings |= {f"nitp {key}": getattr(nitp, key) for key in ("weight", "target_layer", "loss", "objective")}
     return settings
+
+
+def schedule(settings: WSDSchedulers.Config, training_steps: int) -> str:
+    """The learning-rate schedule in words, with the numbers of steps that TorchTitan makes of its settings."""
+    total = training_steps if settings.total_steps is None else settings.total_steps
+    warmup = min(settings.warmup_steps, total)
+    ratio = 1.0 if settings.decay_ratio is None else settings.decay_ratio
+    decay = min(round(ratio * total), total - warmup)
+    if decay == 0:
+        then = "then constant"
+    elif decay == total - warmup:
+        then = f"{settings.decay_type} decay over everything after it ({decay:,} steps)"
+    else:
+        then = f"{settings.decay_type} decay over the last {decay:,} of {total:,} steps"
+    end = f" to {settings.min_lr_factor:g} of the rate" if decay and settings.min_lr_factor else ""
+    return f"warm-up of {warmup:,} steps, {then}{end}"
 
 
 def _measured(checkpoint: Checkpoint) -> dict[str, Any]:

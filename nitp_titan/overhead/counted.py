@@ -19,7 +19,7 @@ MODELS = {
     "MoE 1.9B-A0.3B": "moe/nitp_1.9b_a0.3b",
     "MoE 3B-A0.5B": "moe/nitp_3b_a0.5b",
     "MoE 9B-A1B": "moe/nitp_9b_a1b",
-    "MoE 45B-A5.5B": "moe/nitp_45b_a5.5b",
+    "MoE 45B-A5.5B (arXiv v1 only)": "moe/nitp_45b_a5.5b",
 }
 # Activation checkpointing and `[loss] num_chunks`, None for the default.
 SETTINGS = (("none", None), ("selective", None), ("full", None), ("none", 1), ("full", 1))

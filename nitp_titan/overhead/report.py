@@ -1,6 +1,7 @@
 """The page of scripts/bench_overhead.py: tables, figures and the numbers themselves."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ FLOPS_BAR = 0.001
 
 MTP_BAR = 8.0
 """How many times MTP's overhead in time is NITP's."""
+
+# An interval as wide as the distance leaves the border out half of the time; one so much narrower four times of five.
+_POWER = (1.96 + 0.84) / 1.96
+# No measurement is planned with more.
+_MANY_ROUNDS = 1_000_000
 
 _ARM_COLORS = dict(zip(("NTP", "NITP", "MTP"), COLORS))
 
@@ -90,7 +96,7 @@ def _measured(part: Figures) -> str:
     for name, setting in part["settings"].items():
         blocks.append(f"**{where}, {name}, {setting['rounds']} rounds.**")
         blocks.append(_measured_table(setting["arms"]))
-        blocks += _bars(setting["arms"])
+        blocks += _bars(setting)
     if "unchunked" in part:
         ntp, nitp = part["unchunked"]["NTP"], part["unchunked"]["NITP"]
         blocks.append(
@@ -144,17 +150,72 @@ def _range(ratios: tuple[float, float] | None) -> str:
     return "-" if ratios is None else " to ".join(_percent(ratio - 1) for ratio in ratios)
 
 
-def _bars(arms: Figures) -> list[str]:
-    """Sentences on the bars that a measurement decides."""
-    flops, seconds = flop_overhead(arms, "NITP"), time_overhead(arms, "NITP")
-    lines = []
-    if flops:
-        met = "within" if seconds <= TIME_BAR * flops else "above"
-        lines.append(f"NITP's time is {seconds / flops:.2f} times its FLOPs, {met} the bar of {TIME_BAR}.")
+def _bars(setting: Figures) -> list[str]:
+    """Sentences on the bars that a measurement decides, or on how many rounds would decide them."""
+    arms, rounds = setting["arms"], setting["rounds"]
+    flops, seconds, interval = flop_overhead(arms, "NITP"), time_overhead(arms, "NITP"), _interval(arms, "NITP")
+    bar = TIME_BAR * flops if flops else None
+    borders = [0.0] if bar is None else [0.0, bar]
+    measured = f"NITP's time is {_percent(seconds)} ({_range(arms['NITP']['ratio']['interval'])})"
+    if hidden := [border for border in borders if interval[0] <= border <= interval[1]]:
+        inside = " and ".join(f"the bar, {_percent(bar)}" if border else "0" for border in hidden)
+        needed = rounds_to_show(
+            rounds, interval, distance=min(abs(seconds - border) for border in hidden), gap=bar and bar - flops
+        )
+        hides = f"The noise hides what it is: the interval includes {inside}."
+        return [f"{measured}. {hides} {_about(needed)} would show it."]
+    lines = [f"{measured}."]
+    if bar is not None:
+        met = "within" if interval[1] < bar else "above"
+        times = f", {seconds / flops:.2f} times its FLOPs" if seconds > 0 else ""
+        lines = [f"{measured}{times}, {met} the bar of {TIME_BAR} times."]
     if seconds > 0:
-        times = time_overhead(arms, "MTP") / seconds
-        lines.append(f"MTP adds {times:.1f} times as much time as NITP (bar: {MTP_BAR:.0f}).")
-    return [" ".join(lines)] if lines else []
+        lines.append(_mtp_bar(arms, rounds))
+    return [" ".join(lines)]
+
+
+def _mtp_bar(arms: Figures, rounds: int) -> str:
+    """How many times NITP's time MTP adds; NITP's is known to be above 0."""
+    (low, high), (mtp_low, mtp_high) = (_interval(arms, name) for name in ("NITP", "MTP"))
+    times = time_overhead(arms, "MTP") / time_overhead(arms, "NITP")
+    # The ends of both intervals, which is wider than 95%.
+    least, most = mtp_low / low if mtp_low < 0 else mtp_low / high, mtp_high / low
+    said = f"MTP adds {times:.1f} times as much time as NITP ({least:.1f} to {most:.1f}; bar: {MTP_BAR:.0f})"
+    if not least <= MTP_BAR <= most:
+        return f"{said}."
+    needed = rounds_to_show(rounds, (least, most), distance=abs(times - MTP_BAR))
+    return f"{said}. The noise hides on which side of the bar it is. {_about(needed)} would show it."
+
+
+def _interval(arms: Figures, name: str) -> tuple[float, float]:
+    """95% interval of an arm's overhead in time."""
+    low, high = arms[name]["ratio"]["interval"]
+    return low - 1, high - 1
+
+
+def rounds_to_show(
+    rounds: int, interval: tuple[float, float], *, distance: float, gap: float | None = None
+) -> int | None:
+    """Rounds after which an interval, whose width falls with their square root, decides with a power of 80%.
+
+    Args:
+        rounds: of the measurement.
+        interval: what it found.
+        distance: of the measured value to the nearest border that the interval includes.
+        gap: half of a width that decides whatever the value turns out to be; None if only `distance` is known. A value
+            hidden in noise is a poor plan, so it counts only where the interval is narrower than that already.
+
+    Returns:
+        None if it is more than a million: then no number of rounds is a way out.
+    """
+    half = (interval[1] - interval[0]) / 2
+    wanted = gap if gap is not None and gap < half else distance
+    needed = rounds * (_POWER * half / wanted) ** 2 if wanted > 0 else math.inf
+    return max(rounds + 1, math.ceil(needed)) if needed <= _MANY_ROUNDS else None
+
+
+def _about(rounds: int | None) -> str:
+    return f"More than {_MANY_ROUNDS:,} rounds" if rounds is None else f"About {rounds:,} rounds"
 
 
 def _full_size(part: Figures) -> str:

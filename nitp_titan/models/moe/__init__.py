@@ -174,6 +174,7 @@ FLAVORS = {
     "9B-A1B": dict(
         **_PAPER, dim=1280, n_layers=24, n_heads=8, n_kv_heads=4, dense_hidden_dim=10944, expert_hidden_dim=640, top_k=8
     ),
+    # arXiv v1 only: the authors dropped it in v2.
     "45B-A5.5B": dict(
         **_PAPER,
         dim=3072,
