@@ -29,6 +29,7 @@ from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.config import UserError
+from nitp_titan.threads import num_threads
 
 DENSE_ATTENTION = "nitp_titan.cpu.dense_flex_attention"
 
@@ -90,7 +91,7 @@ class _UnevenAllToAll:
 
 
 def install() -> None:
-    """Make TorchTitan use the CPU and all its cores; does nothing where there is an accelerator.
+    """Make TorchTitan use the CPU, with `threads.num_threads`; does nothing where there is an accelerator.
 
     Works before and after TorchTitan's modules are imported, so the stock entry point is served too.
     """
@@ -103,10 +104,7 @@ def install() -> None:
                 if attribute in vars(loaded):
                     setattr(loaded, attribute, value)
     spmd_types._dist.set_dist(_UnevenAllToAll())
-    # torchrun sets 1 for several local ranks unless the user said otherwise.
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    torch.set_num_threads(num_threads())
 
 
 def prepare(config):

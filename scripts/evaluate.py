@@ -13,6 +13,8 @@ import logging
 import sys
 from pathlib import Path
 
+# First of all: it decides how OpenMP's threads wait, before torch loads them.
+import nitp_titan  # noqa: F401  isort: skip
 import torch
 
 from nitp_titan.config import exit_with, nearest, UserError

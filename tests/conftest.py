@@ -11,8 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import processes
 from processes import PROJECT
 
+# Before torch is loaded: it decides how OpenMP's threads wait.
+import nitp_titan  # noqa: F401
+
 
 def pytest_configure(config):
+    # Each process of pytest-xdist, and what it starts, has its share of the cores.
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
     # No test reaches the Hugging Face hub; those that talk to one start it themselves.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if config.option.markexpr != "gpu":
