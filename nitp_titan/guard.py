@@ -166,7 +166,7 @@ class Guard:
         reason = describe(findings, gradient=gradient, limit=limit, num_loss_shares=self.num_loss_shares)
         num_skipped, most = max(finding.num_skipped for finding in findings), self.settings.max_skipped_steps
         if num_skipped >= most:
-            before = f"; {num_skipped} steps were skipped before, and [guard] max_skipped_steps = {most}"
+            before = f"; {num_skipped} skipped before, [guard] max_skipped_steps = {most}"
             self._stop(step, reason + (before if num_skipped else ""))
         self.metrics.log_skipped(step, f"step {step} skipped ({num_skipped + 1} of {most}): {reason}")
         self._forget_routing()

@@ -43,6 +43,7 @@ from nitp_titan.meter import GeometryMeter, measured_states, ProbingValidator
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.models import meta_tensors
 from nitp_titan.objective import trained_positions
+from nitp_titan.optimizer_states import create_states, leave_out
 from nitp_titan.ranges import check_ranges
 from nitp_titan.run import agreement, credentials, run_folder
 from nitp_titan.run.preflight import check_run
@@ -101,6 +102,8 @@ class NITPTrainer(Trainer):
             config = check_initial_load(config, spec, tensors)
         self._run = config, start
         super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
+        if not config.checkpoint.create_seed_checkpoint:
+            create_states(self.optimizers)
         if config.nitp.enabled:
             self._prepare_nitp()
         self.meter = self._meter() if config.geometry.enable else None
@@ -127,6 +130,12 @@ class NITPTrainer(Trainer):
             device=self.device,
         )
         self.metrics_processor.loss_parts = self._global_loss_parts
+        if has_loss and self.config.nitp.start_step > 0:
+            projector = list(self.model_parts[-1].nitp.parameters())
+            leave_out(self.optimizers, projector, when=lambda: not self._trains_nitp())
+
+    def _trains_nitp(self) -> bool:
+        return self.step > self.config.nitp.start_step
 
     def _meter(self) -> GeometryMeter:
         config = self.config
@@ -219,7 +228,7 @@ class NITPTrainer(Trainer):
         num_terms = sum(count_terms(inputs, labels, nitp) for inputs, labels in batches).to(self.device)
         if self.parallel_dims.dp_enabled:
             num_terms = dist_utils.dist_sum_tensor(num_terms, self.parallel_dims.get_mesh("batch"))
-        self.loss_fn.set_step(weight=nitp.weight if self.step > nitp.start_step else 0.0, num_terms=num_terms)
+        self.loss_fn.set_step(weight=nitp.weight if self._trains_nitp() else 0.0, num_terms=num_terms)
         return iter(batches)
 
     def _global_loss_parts(self) -> Tensor:

@@ -179,7 +179,7 @@ def test_a_run_that_has_skipped_more_than_its_new_bound_stops_at_the_next_bad_st
             tmp_path, spoil, checkpoint=True, guard=guard, training={"steps": 6}, resume=True, metrics={"log_freq": 100}
         )
         message = _message(resumed)
-        assert f"; 3 steps were skipped before, and [guard] max_skipped_steps = {bound}. Training has stopped." in message
+        assert f"; 3 skipped before, [guard] max_skipped_steps = {bound}. Training has stopped." in message
         assert message.startswith("step 5: the gradient of norm.weight is nan")
         after = parameters(resumed)
         assert all(torch.equal(before[0][name], after[name]) for name in after)
@@ -193,7 +193,7 @@ def test_a_weight_that_only_the_type_of_the_last_checkpoint_cannot_hold_is_not_s
     trainer.train_step(trainer.batch_generator(trainer.dataloader))
     with torch.no_grad():
         trainer.model_parts[0].get_parameter("norm.weight")[3] = 1e5
-    with pytest.raises(UserError, match=r"^step 1: the weight of norm.weight is inf .* torch.float16 \(\[checkpoint\] "):
+    with pytest.raises(UserError, match=r"^step 1: the weight of norm.weight is inf .* torch.float16 "):
         trainer.checkpointer.save(1, last_step=True)
     assert not any((tmp_path / "checkpoint").glob("*"))
     trainer.close()
@@ -269,6 +269,24 @@ def test_a_skipped_step_leaves_out_its_update_and_nothing_else(assets, tmp_path,
     assert [record.message for record in caplog.records].count(skipped["reason"]) == 1
 
 
+def test_a_checkpoint_after_skipped_steps_alone_is_gone_on_from(assets, tmp_path):
+    """The optimizer has made no step then, and its checkpoint says so."""
+
+    def spoil(trainer):
+        return _poison(trainer, "norm", (1, 2), gradient=True)
+
+    options = {"checkpoint": True, "guard": GuardConfig(max_skipped_steps=2), "lr_scheduler": {"total_steps": 3}}
+    stopped, _ = _build(tmp_path, spoil, training={"steps": 2}, **options)
+    _run(stopped)
+    resumed, _ = _build(tmp_path, training={"steps": 3}, resume=True, **options)
+    _run(resumed)
+    whole, _ = _build(tmp_path / "whole", spoil, training={"steps": 3}, **options)
+    _run(whole)
+    assert all(torch.equal(parameters(whole)[name], value) for name, value in parameters(resumed).items())
+    counts = [value for name, value in resumed.optimizers.state_dict().items() if name.endswith(".step")]
+    assert counts and all(value == 1 for value in counts)
+
+
 def test_a_spike_is_skipped_by_its_norm_and_the_bound_counts_resumed_steps(assets, tmp_path):
     def spoil(trainer):
         return _poison(trainer, "norm", (2, 5), gradient=True, factor=1e3)
@@ -283,7 +301,7 @@ def test_a_spike_is_skipped_by_its_norm_and_the_bound_counts_resumed_steps(asset
     resumed, _ = _build(tmp_path, spoil, checkpoint=True, guard=guard, training={"steps": 6}, resume=True)
     message = _message(resumed)
     assert re.match(
-        r"step 5: gradient norm \d{3,4}\.\d above 50; 1 steps were skipped before, and \[guard\] max_skipped_steps = 1\. "
+        r"step 5: gradient norm \d{3,4}\.\d above 50; 1 skipped before, \[guard\] max_skipped_steps = 1\. "
         r"Training has stopped\. "
         rf"The last checkpoint, {tmp_path}/checkpoint/step-4, is from before\.",
         message,

@@ -3,7 +3,7 @@
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZ
 from torchtitan.tools.filesystem import is_remote
 from torchtitan.tools.logging import logger
 
+from nitp_titan import optimizer_states
 from nitp_titan.checkpoint import dcp_files
 from nitp_titan.checkpoint.steps import METADATA, unfinished_steps
 from nitp_titan.config import UserError
@@ -107,7 +108,8 @@ class NITPCheckpointManager(CheckpointManager):
             super()._wait_for_saving()
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
-        """As `CheckpointManager.dcp_load`, through `dcp_files`.
+        """As `CheckpointManager.dcp_load`, through `dcp_files`. Optimizers get their states from the checkpoint, and
+        keep their settings: what a run records is what it trains, from its first step on.
 
         Of an initial checkpoint parts may be missing; `check_initial_load` has seen to it that only the projector is.
         """
@@ -116,23 +118,10 @@ class NITPCheckpointManager(CheckpointManager):
         reader = dcp_files.reader(checkpoint_id)
         reader.check_files()
         initial = checkpoint_id == self.initial_load_path and not is_remote(checkpoint_id)
-        settings = [_settings(optimizer) for optimizer in self.states[OPTIMIZER]]
+        settings = optimizer_states.settings(self.states[OPTIMIZER])
         dcp_files.load(state_dict, reader, allow_partial=initial)
         self.states[MODEL].load_state_dict(state_dict)
-        if not initial:
-            return
-        if OPTIMIZER in state_dict:
-            # Betas, weight decay and the like are the recipe's; the checkpoint gives the states.
-            for optimizer, groups in zip(self.states[OPTIMIZER], settings):
-                for group, wanted in zip(optimizer.param_groups, groups):
-                    group.update(wanted)
-            saved = reader.metadata.state_dict_metadata
-            _start_afresh(self.states[OPTIMIZER], [name for name in saved if name.startswith(f"{OPTIMIZER}.state.")])
-        if LR_SCHEDULER in state_dict:
-            # The recipe's learning rate at the checkpoint's step.
-            for scheduler in self.states[LR_SCHEDULER].schedulers:
-                for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
-                    group["lr"] = lr
+        optimizer_states.restore_settings(self.states[OPTIMIZER], settings, self.states[LR_SCHEDULER])
 
 
 def _invalidate(step: Path) -> None:
@@ -156,20 +145,3 @@ def _one_line(place: str) -> Iterator[None]:
         raise UserError(
             f"{place} could not be written by rank {rank}: {reason}. Earlier checkpoints are whole."
         ) from error
-
-
-def _settings(optimizer) -> list[dict[str, Any]]:
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def _start_afresh(optimizers, saved: Sequence[str]) -> None:
-    """Reset the optimizer state of parameters that the checkpoint does not have.
-
-    TorchTitan makes room for a state by a step without gradients, which Adam counts.
-    """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"]):
-                if not any(key.startswith(f"{OPTIMIZER}.state.{name}.") for key in saved):
-                    for value in optimizer.state[parameter].values():
-                        value.zero_()
