@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from nitp_titan import recipe
-from nitp_titan.config import exit_with, UserError
+from nitp_titan import errors, recipe
+from nitp_titan.errors import exit_with, KEPT_OF_TRAINING, UserError
 
 
 def load(name: str):
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Callable:
 
     def build():
         # TorchTitan's entry point, which alone asks for this function, has no place for user errors.
-        sys.excepthook = _say_user_error
+        sys.excepthook = _end_in_one_line
         try:
             config = load(name)
         except UserError as error:
@@ -56,9 +56,8 @@ def __getattr__(name: str) -> Callable:
     return build
 
 
-def _say_user_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    if isinstance(error, UserError):
-        exit_with(error)
+def _end_in_one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    errors.end(error, kept=KEPT_OF_TRAINING)
     sys.__excepthook__(kind, error, traceback)
 
 

@@ -17,6 +17,12 @@ from typing import NoReturn
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""
 
+KEPT_OF_TRAINING = "training had not begun, or was ended at once; the same command goes on from the last checkpoint."
+
+LATER = 10
+"""Seconds by which torchrun is told a rank that lost another one has ended after that: it takes the earliest error for
+the reason, counts in seconds, and notices a killed rank after its neighbours have."""
+
 _PIPE_CLOSED = 141  # 128 + SIGPIPE: as a command ends whose reader, such as `head`, has enough.
 
 # Errors of the machine, and what they mean to a user.
@@ -110,9 +116,8 @@ def surroundings(error: BaseException, place: str = "") -> UserError | None:
             return UserError(line)
     # Some libraries hand on the text alone.
     for cause in causes:
-        if written := _ERRNO_IN_TEXT.search(str(cause)):
-            if line := _line(cause, int(written[1]), place):
-                return UserError(line)
+        if (written := _ERRNO_IN_TEXT.search(str(cause))) and (line := _line(cause, int(written[1]), place)):
+            return UserError(line)
     return None
 
 
@@ -180,15 +185,7 @@ def lost_rank(error: BaseException) -> bool:
 
 
 def run(main: Callable[[], None], *, kept: str, place: str = "") -> None:
-    """Run the ``main`` of a command and end the process as a command should.
-
-    ========================== ====== =========================
-    end                        status stderr
-    ========================== ====== =========================
-    `UserError`, `surroundings` 1     one line
-    Ctrl-C                      130   one line: what is kept
-    reader of stdout has gone   141   nothing
-    ========================== ====== =========================
+    """Run the ``main`` of a command and end the process as a command should: see `end`.
 
     Args:
         kept: what there is after an interruption, and how to go on.
@@ -197,18 +194,34 @@ def run(main: Callable[[], None], *, kept: str, place: str = "") -> None:
     try:
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        end(error, kept=kept, place=place)
+        raise
+
+
+def end(error: BaseException, *, kept: str, place: str = "") -> None:
+    """End the process after an error that says all in one line; return after any other.
+
+    ==================================  ======  ============================
+    error                               status  stderr
+    ==================================  ======  ============================
+    `UserError`, `surroundings`         1       one line: the reason
+    another rank has gone               1       one line
+    KeyboardInterrupt                   130     one line: what is kept
+    nobody reads stdout any more        141     nothing
+    ==================================  ======  ============================
+    """
+    reader_has_gone = isinstance(error, BrokenPipeError) and _reader_has_gone()
+    _drop_stdout()
+    if reader_has_gone:
+        sys.exit(_PIPE_CLOSED)
+    if isinstance(error, KeyboardInterrupt):
         interrupted(kept)
-    except UserError as error:
+    if isinstance(error, UserError):
         exit_with(error)
-    except Exception as error:
-        reader_has_gone = isinstance(error, BrokenPipeError) and _reader_has_gone()
-        _drop_stdout()
-        if reader_has_gone:
-            sys.exit(_PIPE_CLOSED)
-        line = surroundings(error, place)
-        if line is None:
-            raise
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and lost_rank(error):
+        exit_lost()
+    if line := surroundings(error, place):
         exit_with(line)
 
 
@@ -249,17 +262,21 @@ def exit_with(error: UserError) -> NoReturn:
 
 def exit_lost() -> NoReturn:
     """End a rank with status 1 and one line, since another rank of its run has ended."""
-    message = f"rank {os.environ.get('RANK', '0')} ends: another rank of this run has ended."
-    # torchrun takes the earliest for the reason, and counts in seconds.
-    tell_torchrun(message, delay=60)
+    message = lost_message()
+    tell_torchrun(message, delay=LATER)
     sys.exit(message)
+
+
+def lost_message() -> str:
+    """What a rank says that ends because another one has."""
+    return f"rank {os.environ.get('RANK', '0')} ends, because another rank of this run has ended."
 
 
 def tell_torchrun(message: str, delay: int = 0) -> None:
     """Put the line in place of the traceback that TorchTitan's ``@record`` left for torchrun's summary.
 
     Args:
-        delay: seconds by which it comes after the errors of other ranks.
+        delay: seconds to add to its time, so that the error of another rank comes first.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is not None:

@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
                 sys.exit(STOPPED)
             if isinstance(error, SignalException):
                 sys.exit(128 + error.sigval)
-            raise
+            # Its workers have said why; a traceback of torchrun's own would be the last that is read.
+            sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import os
 import re
 import sys
 
-from nitp_titan import config_registry, recipe
-from nitp_titan.config import exit_with, UserError
+from nitp_titan import config_registry, errors, recipe
+from nitp_titan.errors import KEPT_OF_TRAINING, UserError
 from nitp_titan.ranges import OPTIMIZER_RANGES
 
 # [optimizer] lr of a recipe is this flag of TorchTitan.
@@ -73,6 +73,10 @@ def import_torchtitan():
 
 
 def main() -> None:
+    errors.run(_train, kept=KEPT_OF_TRAINING)
+
+
+def _train() -> None:
     arguments: list[str] = []
     try:
         arguments = titan_arguments(sys.argv[1:])
@@ -83,7 +87,7 @@ def main() -> None:
         sys.argv[1:] = arguments
         import_torchtitan().main()
     except UserError as error:
-        exit_with(_located(error, arguments))
+        raise _located(error, arguments) from None
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from nitp_titan.ranges import check_ranges
 from nitp_titan.run import agreement, credentials, run_folder
 from nitp_titan.run.preflight import check_run
 from nitp_titan.run.restarts import use_fresh_store
-from nitp_titan.run.stopping import STOPPED, StopSignal
+from nitp_titan.run.stopping import ends_with_others, STOPPED, StopSignal
 from nitp_titan.variants import with_nitp
 
 
@@ -238,8 +238,8 @@ class NITPTrainer(Trainer):
         return parts
 
     def train(self) -> None:
-        """As `Trainer.train`; after SIGTERM it saves a checkpoint and exits with status `STOPPED`."""
-        with StopSignal(self._stop_group) as self.stop:
+        """As `Trainer.train`; after SIGTERM or Ctrl-C it saves a checkpoint and exits with status `STOPPED`."""
+        with ends_with_others(self._stop_group), StopSignal(self._stop_group) as self.stop:
             super().train()
             self.checkpointer.maybe_wait_for_saving()
             if not self.stopped:
@@ -247,7 +247,7 @@ class NITPTrainer(Trainer):
             self.stop.announce()
         self.close()
         torch.distributed.destroy_process_group()
-        logger.warning(f"Stopped by SIGTERM after step {self.step}; the same command goes on from there.")
+        logger.warning(f"Stopped by {self.stop.reason} after step {self.step}; the same command goes on from there.")
         sys.exit(STOPPED)
 
     def should_continue_training(self) -> bool:

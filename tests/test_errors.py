@@ -39,7 +39,7 @@ CAUSES = {
     "disk full": (_os_error(errno.ENOSPC, "run/metrics.jsonl"), "run/metrics.jsonl cannot be used: the disk is full."),
     "disk full, no file": (_os_error(errno.ENOSPC), "the disk is full."),
     "quota": (_os_error(errno.EDQUOT, "x"), "x cannot be used: the disk quota is used up."),
-    "ulimit": (_os_error(errno.EFBIG, "x"), "x cannot be used: the file is larger than this file system or `ulimit -f`"),
+    "ulimit": (_os_error(errno.EFBIG, "x"), "x cannot be used: the file is larger than this file system or"),
     "read-only": (_os_error(errno.EROFS, "x"), "x cannot be used: the file system is read-only."),
     "permission": (PermissionError(errno.EACCES, "Permission denied", "x"), "x cannot be used: permission denied."),
     "cache": (
@@ -51,7 +51,7 @@ CAUSES = {
         _caused(RuntimeError("An error occurred while generating the dataset"), _os_error(errno.ENOSPC, "x.arrow")),
         "x.arrow cannot be used: the disk is full.",
     ),
-    "met while handling": (_while_handling(AttributeError("close"), _os_error(errno.EIO, "x")), "x cannot be used: the"),
+    "met while handling": (_while_handling(AttributeError("close"), _os_error(errno.EIO, "x")), "x cannot be used: "),
     "checkpoint": (
         CheckpointException("write", {1: (_os_error(errno.ENOSPC, "step-3/__1_0.distcp"), None)}),
         "step-3/__1_0.distcp cannot be used: the disk is full.",
