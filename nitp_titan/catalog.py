@@ -178,6 +178,8 @@ def report(result: dict[str, Any]) -> str:
         ),
         ("cost", "-" if hours is None else f"about {hours:,.0f} {result['device']}-hours at 40% of peak (assumed)"),
     ]
+    if result["note"] is not None:
+        lines.append(("note", result["note"]))
     return "\n".join([f"{head}: ok {effort}", *(f"  {label:<12}{text}" for label, text in lines), ""])
 
 

@@ -63,8 +63,8 @@ class NITPConfig:
         known = ":" in self.loss or self.loss in LOSS_NAMES
         self._require(known, "loss", f"one of {', '.join(LOSS_NAMES)} or module:function", nearest_of=LOSS_NAMES)
 
-    def check_model(self, num_layers: int) -> None:
-        """Raise UserError unless a model of ``num_layers`` layers has the target layer."""
+    def check_model(self, num_layers: int, dim: int) -> None:
+        """Raise UserError unless a model of ``num_layers`` layers has the target layer, and its projector a width."""
         if not self.enabled or self.objective != "nitp":
             return
         allowed = f"0 (embedding) to {num_layers}, the model's number of layers"
@@ -75,6 +75,14 @@ class NITPConfig:
                 table="nitp",
             )
         self._require(self.target_layer <= num_layers, "target_layer", allowed)
+        least = f"at least {1 / dim:.2g}, one hidden unit of the projector for the model's {dim} dimensions"
+        self._require(self.projector == "none" or round(self.projector_width * dim) >= 1, "projector_width", least)
+
+    def note(self, steps: int) -> str | None:
+        """What to know of these settings in a run of so many steps; None for nothing."""
+        if not self.enabled or self.start_step < steps:
+            return None
+        return f"[nitp] start_step = {self.start_step} of {steps} [training] steps: NITP is measured and never trained."
 
     def check_parallelism(self, parallelism: "ParallelismConfig") -> None:
         """Raise UserError, with the reason, for a parallel layout under which NITP would be wrong."""

@@ -120,6 +120,7 @@ def _figures(job: Job) -> dict[str, Any]:
         else None,
         **dataclasses.asdict(counts),
         "nitp_overhead": counts.nitp_overhead,
+        "note": config.nitp.note(training.steps),
         "ranks": machine.num_ranks,
         "device": machine.device,
         "rank_parameters": local,

@@ -9,6 +9,7 @@ import reprlib
 import select
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,50 @@ def at(path: str | os.PathLike) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+# Rooms of TorchTitan, and the table whose settings they refuse.
+_TABLES = {
+    "torchtitan.components.checkpointer": "checkpoint",
+    "torchtitan.components.loss": "loss",
+    "torchtitan.components.metrics": "metrics",
+    "torchtitan.components.optimizer": "optimizer",
+    "torchtitan.components.optimizer.lr_scheduler": "lr_scheduler",
+    "torchtitan.components.quantization": "float8",
+    "torchtitan.components.validate": "validator",
+    "torchtitan.distributed": "parallelism",
+    "torchtitan.distributed.activation_checkpoint": "activation_checkpoint",
+    "torchtitan.distributed.compile": "compile",
+    "torchtitan.tools.profiler": "profiler",
+}
+_OTHER_TABLES = {"training", "debug", "comm", "model"}
+_SETTING = re.compile(r"\b([a-z_]+)\.([a-z_]+)\b")
+
+
+@contextmanager
+def upstream_refusals() -> Iterator[None]:
+    """What TorchTitan refuses or asserts of the settings, as a `UserError` with their table.
+
+    Errors that are raised elsewhere, and assertions that say nothing, are no refusals.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        room = frame.f_globals.get("__name__", "")
+        if not room.startswith("torchtitan.") or not str(error):
+            raise
+        # It names a setting as flags do, or none.
+        named = _SETTING.search(str(error))
+        table, key = named.groups() if named else (None, None)
+        place = ""
+        if table not in {*_TABLES.values(), *_OTHER_TABLES}:
+            names = [name for name in _TABLES if room == name or room.startswith(f"{name}.")]
+            table, key = (_TABLES[max(names, key=len)], None) if names else (None, None)
+            place = f"[{table}] " if table else ""
+        raise UserError(f"{place}{error}", table=table, key=key) from error
 
 
 def surroundings(error: BaseException, place: str = "") -> UserError | None:

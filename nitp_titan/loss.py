@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -28,11 +29,12 @@ from nitp_titan.objective import (
 )
 
 
+@cache
 def find_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The distance that `[nitp] loss` names: a key of `LOSSES`, or ``module:function`` of another package.
 
     Raises:
-        UserError: if there is no such module or function.
+        UserError: if there is no such module or function, or it is no distance: see `_try_loss`.
     """
     if name in LOSSES:
         return LOSSES[name]
@@ -43,7 +45,37 @@ def find_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         raise UserError(f"[nitp] loss = '{name}' cannot be imported: {error}.", table="nitp", key="loss") from None
     if not callable(found):
         raise UserError(f"[nitp] loss = '{name}' is no function.", table="nitp", key="loss")
+    if (reason := _try_loss(found)) is not None:
+        raise UserError(
+            f"[nitp] loss = '{name}' {reason}. It takes prediction and target, float32 [batch, length, dim], and "
+            "returns one number per position, [batch, length].",
+            table="nitp",
+            key="loss",
+        )
     return found
+
+
+def _try_loss(loss: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+    """Why a function is no distance that can be trained, or None; tried on the CPU with its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 2, 3, 8, generator=generator, dtype=torch.float32, device="cpu")
+    prediction.requires_grad_()
+    try:
+        with torch.enable_grad():
+            value = loss(prediction, target)
+            if not isinstance(value, Tensor):
+                return f"returns {type(value).__name__}"
+            if value.shape != prediction.shape[:2]:
+                return f"returns {list(value.shape)} for [2, 3, 8]"
+            (alone,) = torch.autograd.grad(value[0, 0], prediction, retain_graph=True)
+            (gradient,) = torch.autograd.grad(value.sum(), prediction)
+    except Exception as error:
+        # A function of the user's raises anything.
+        return f"fails: {type(error).__name__}: {error}".rstrip(". ")
+    if not (value.isfinite().all() and gradient.isfinite().all()):
+        return "is not finite for random numbers"
+    alone[0, 0] = 0
+    return "mixes positions, which may be of different documents" if alone.any() else None
 
 
 class ChunkedLoss(ChunkedLossWrapper):

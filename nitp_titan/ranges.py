@@ -135,6 +135,10 @@ def check_ranges(config) -> None:
             _check_value(entry, table, key, default)
         if value is not None and key in RANGES.get(table, {}):
             _check(RANGES[table][key], value, table, key)
+    schedule, steps = config.lr_scheduler.total_steps, config.training.steps
+    if schedule is not None and schedule < steps:
+        allowed = f"at least [training] steps = {steps}: after its end the schedule's learning rates are below 0"
+        _refuse("lr_scheduler", "total_steps", schedule, allowed)
     profiler = config.profiler
     if profiler.profile_freq < profiler.profiler_warmup + profiler.profiler_active:
         _refuse("profiler", "profile_freq", profiler.profile_freq, "at least profiler_warmup + profiler_active")
@@ -175,7 +179,9 @@ def _check_optimizer(optimizer) -> None:
     if not optimizer.param_groups:
         _refuse("optimizer", "param_groups", [], "a list of at least one group")
     for group in optimizer.param_groups:
-        _check(_one_of("AdamW", "Adam", "DistMuon"), group.optimizer_name, "optimizer", "optimizer_name")
+        # Others need settings that are Python objects.
+        factories = optimizer.optimizer_factory_kwargs_by_name
+        _check(_one_of("AdamW", "Adam", *factories), group.optimizer_name, "optimizer", "optimizer_name")
         try:
             re.compile(group.pattern)
         except re.error as error:

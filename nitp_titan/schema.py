@@ -5,7 +5,6 @@ TorchTitan is reachable and a wrong one is named. Knows no TOML: `recipe` reads 
 """
 
 import dataclasses
-import re
 import types
 import typing
 from typing import Any, get_args, get_origin, Literal
@@ -18,6 +17,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.config import ModelConfig, nearest, shown, UserError
 from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.errors import upstream_refusals
 from nitp_titan.meter import ProbingValidator
 from nitp_titan.models import build_model_spec
 from nitp_titan.ranges import OPTIMIZER_RANGES
@@ -25,7 +25,6 @@ from nitp_titan.recipe import Settings
 from nitp_titan.tokenizer import CachedTokenizer
 from nitp_titan.trainer import NITPTrainer
 
-_FLAG = re.compile(r"\b([a-z_]+)\.([a-z_]+)\b")
 # Larger integers are no float.
 _FLOAT_BITS = 1024
 # How None is written in TOML, which has no null.
@@ -62,15 +61,8 @@ def build(settings: Settings) -> NITPTrainer.Config:
 
 
 def _config(**sections: Any) -> NITPTrainer.Config:
-    try:
+    with upstream_refusals():
         return NITPTrainer.Config(**sections)
-    except UserError:
-        raise
-    except ValueError as error:
-        # TorchTitan's checks across sections, which name their settings as flags do.
-        named = _FLAG.search(str(error))
-        table, key = named.groups() if named else (None, None)
-        raise UserError(str(error), table=table, key=key) from None
 
 
 def _defaults(spec: ModelSpec) -> dict[str, Any]:

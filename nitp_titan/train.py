@@ -59,6 +59,20 @@ def _located(error: UserError, arguments: list[str]) -> UserError:
     return UserError(settings.place(error.table, error.key) + str(error))
 
 
+def check_groups(argv: list[str], name: str) -> None:
+    """Raise UserError where a flag sets the optimizer and the recipe's has several groups of parameters."""
+    keys = [found[1] for flag in argv if (found := _OPTIMIZER_FLAG.match(flag))]
+    if not keys:
+        return
+    groups = recipe.read_settings(*config_registry.paths(name)).tables.get("optimizer", {}).get("param_groups", [])
+    if isinstance(groups, list) and len(groups) > 1:
+        last = f"--optimizer.param-groups.{len(groups) - 1}.optimizer-kwargs.{keys[0]}"
+        raise UserError(
+            f"--optimizer.{keys[0]}: the recipe's optimizer has {len(groups)} groups of parameters with settings of "
+            f"their own; name the group: {_OPTIMIZER_FLAG.sub(_TITAN_FLAG, f'--optimizer.{keys[0]}')} to {last}."
+        )
+
+
 def import_torchtitan():
     """TorchTitan's entry point, imported without looking for garbage: a second less on the CPU.
 
@@ -84,6 +98,7 @@ def _train() -> None:
             print(__doc__)
         path = recipe.find(arguments[3].partition("@")[0], "recipes")
         recipe.read_toml(path)
+        check_groups(sys.argv[1:], arguments[3])
         sys.argv[1:] = arguments
         import_torchtitan().main()
     except UserError as error:

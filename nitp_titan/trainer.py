@@ -34,6 +34,7 @@ from nitp_titan.config import (
     UserError,
 )
 from nitp_titan.data.loader import check_sources
+from nitp_titan.errors import upstream_refusals
 from nitp_titan.guard import Guard, StepSkipped
 from nitp_titan.hf.export import check_last_save
 from nitp_titan.layout import check_layout
@@ -44,6 +45,7 @@ from nitp_titan.metrics import NITPMetrics
 from nitp_titan.models import meta_tensors
 from nitp_titan.objective import trained_positions
 from nitp_titan.optimizer_states import create_states, leave_out
+from nitp_titan.overrides import overridden
 from nitp_titan.ranges import check_ranges
 from nitp_titan.run import agreement, credentials, run_folder
 from nitp_titan.run.preflight import check_run
@@ -80,7 +82,7 @@ class NITPTrainer(Trainer):
             credentials.check_settings(self)
             check_ranges(self)
             if self.model_spec is not None:
-                self.nitp.check_model(len(self.model_spec.model.layers))
+                self.nitp.check_model(len(self.model_spec.model.layers), self.model_spec.model.dim)
             find_loss(self.nitp.loss)
             self.nitp.check_parallelism(self.parallelism)
             for table, enabled in (("nitp", self.nitp.enabled), ("geometry", self.geometry.enable)):
@@ -90,9 +92,12 @@ class NITPTrainer(Trainer):
     def __init__(self, config: Config):
         check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         check_sources(config)
+        if (note := config.nitp.note(config.training.steps)) is not None:
+            logger.warning(note)
         spec, loss = model_spec_with_nitp(config), loss_with_nitp(config)
         # Built once for all checks, none of which looks at it without checkpoints.
-        tensors = meta_tensors(spec) if config.checkpoint.enable else {}
+        trained = overridden(config, spec)
+        tensors = meta_tensors(trained) if config.checkpoint.enable else {}
         check_run(config, spec, tensors)
         check_last_save(config, spec, tensors)
         start = run_folder.find_start(config)
@@ -101,7 +106,8 @@ class NITPTrainer(Trainer):
         if start.from_step is None:
             config = check_initial_load(config, spec, tensors)
         self._run = config, start
-        super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
+        with upstream_refusals():
+            super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
         if not config.checkpoint.create_seed_checkpoint:
             create_states(self.optimizers)
         if config.nitp.enabled:

@@ -29,9 +29,19 @@ def with_nitp(spec: ModelSpec, settings: NITPConfig) -> ModelSpec:
         UserError: if the target layer is missing or outside the model, or the family has a
             forward of its own and no ``nitp_decoder`` that captures implicit tokens in it.
     """
-    settings.check_model(len(spec.model.layers))
+    settings.check_model(len(spec.model.layers), spec.model.dim)
     base = type(spec.model)._owner
-    decoder = _nitp_decoder(base, spec)
+    try:
+        decoder = _nitp_decoder(base, spec)
+    except UserError as error:
+        if settings.enabled:
+            raise
+        raise UserError(
+            f"[geometry] layers = true shows every layer as NITP does: {error} With layers = false "
+            "(--geometry.no-layers) the last hidden state alone is measured, in any family.",
+            table="geometry",
+            key="layers",
+        ) from None
     fields = {field.name: getattr(spec.model, field.name) for field in dataclasses.fields(spec.model)}
     model = nitp_model_class(base, decoder).Config(**fields, nitp=nitp_module_config(spec.model.dim, settings))
     return dataclasses.replace(

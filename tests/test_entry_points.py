@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
-from nitp_titan.train import titan_arguments
+from nitp_titan.recipe import PROJECT
+from nitp_titan.train import check_groups, titan_arguments
 
 FLAGS = ["--training.steps", "2", "--metrics.log_freq", "1", "--checkpoint.no-enable", "--nitp.weight", "0.8"]
 # Values of variables, which must not be seen again anywhere.
@@ -95,6 +97,23 @@ def test_the_optimizer_flags_have_the_names_of_the_recipe():
     )
     flag = "--optimizer.param-groups.0.optimizer-kwargs."
     assert arguments == ["--module", "nitp_titan", "--config", "a@b", f"{flag}lr", "1e-4", f"{flag}weight_decay=0"]
+
+
+def test_an_optimizer_flag_is_refused_where_several_groups_have_the_setting(tmp_path):
+    recipe = (PROJECT / "recipes/debug/ntp_debug.toml").read_text()
+    head, _, rest = recipe.partition("[optimizer]\n")
+    group = 'optimizer_name = "AdamW", optimizer_kwargs = { lr = 1e-3 }'
+    groups = "".join(f'{{ pattern = "{pattern}", {group} }},' for pattern in ("norm", ".*"))
+    path, _, others = tmp_path / "two.toml", *rest.partition("\n[")[1:]
+    path.write_text(f"{head}[optimizer]\nparam_groups = [{groups}]\n[{others}")
+    with pytest.raises(UserError) as refused:
+        check_groups(["--nitp.weight", "1", "--optimizer.lr=1"], f"{path}@cpu")
+    assert str(refused.value) == (
+        "--optimizer.lr: the recipe's optimizer has 2 groups of parameters with settings of their own; name the group: "
+        "--optimizer.param-groups.0.optimizer-kwargs.lr to --optimizer.param-groups.1.optimizer-kwargs.lr."
+    )
+    check_groups(["--nitp.weight", "1"], f"{path}@cpu")
+    check_groups(["--optimizer.lr=1"], "debug/ntp_debug@cpu")
 
 
 def _start(*arguments, environment=None):

@@ -1,12 +1,15 @@
 """The loss component against plain autograd, written out position by position."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torchtitan.components.loss import CrossEntropyLoss
 
-from nitp_titan.config import NITPConfig
-from nitp_titan.loss import NITPLoss
+from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.loss import find_loss, NITPLoss
 from nitp_titan.nitp import nitp_module_config
 from nitp_titan.objective import has_next_token
 
@@ -204,6 +207,64 @@ def test_before_the_start_step_the_term_is_measured_and_not_trained():
     torch.testing.assert_close(loss, parts[0])
     _assert_same(gradients["h"], without["h"], "h")
     assert all(gradients[f"{name}.weight"].abs().max() == 0 for name in ("w1", "w2", "w3"))
+
+
+@pytest.mark.parametrize("projector", ["swiglu", "none"])
+def test_the_gradients_of_both_losses_are_added_in_float32_and_rounded_once(projector):
+    """Each loss's own gradient of h comes out of a bfloat16 product; what they add up to loses nothing more than the
+    last rounding. A sum in bfloat16 of two numbers of that type is just that."""
+    settings = NITPConfig(weight=0.05, target_layer=1, projector=projector)
+    h, z, head, positions, labels = (x.bfloat16() if x.is_floating_point() else x for x in _batch())
+    target = z, torch.zeros(B, 1, D, dtype=z.dtype), has_next_token(positions)
+
+    def gradient(*, weight: float, tokens: float) -> torch.Tensor:
+        lm_head = torch.nn.Linear(D, V, bias=False, dtype=torch.bfloat16)
+        lm_head.weight.data.copy_(head)
+        loss_fn = NITPLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+        loss_fn.set_lm_head(lm_head)
+        loss_fn.prepare(_projector(settings).bfloat16(), num_microbatches=1, device=torch.device("cpu"))
+        loss_fn.set_step(weight=weight, num_terms=torch.tensor(20))
+        leaf = h.clone().requires_grad_()
+        loss, _ = loss_fn((leaf * 1, *target), labels, torch.tensor(tokens))
+        loss.backward()
+        return leaf.grad
+
+    ntp, nitp = gradient(weight=0.0, tokens=20.0), gradient(weight=0.05, tokens=float("inf"))
+    both = gradient(weight=0.05, tokens=20.0)
+    assert ntp.abs().max() > 0 and nitp.abs().max() > 0
+    assert (nitp.abs() < ntp.abs() / 128).any()
+    assert torch.equal(both, (ntp.double() + nitp.double()).bfloat16())
+
+
+def _not_per_position(prediction, target):
+    return (prediction - target).square().mean(-1) - prediction.mean(dim=(0, 1, 2))
+
+
+LOSSES_OF_USERS = {
+    "scalar": (lambda p, t: (p - t).square().mean(), r"returns \[\] for \[2, 3, 8\]"),
+    "every_element": (lambda p, t: (p - t).square(), r"returns \[2, 3, 8\] for \[2, 3, 8\]"),
+    "number": (lambda p, t: 1.0, r"returns float"),
+    "no_gradient": (lambda p, t: (p - t).detach().square().mean(-1), r"fails: RuntimeError: element 0 of tensors does"),
+    "unused": (lambda p, t: t.clone().requires_grad_().mean(-1), r"fails: RuntimeError: The differentiated Tensor"),
+    "infinite": (lambda p, t: (p - t).square().mean(-1) / 0, r"is not finite for random numbers"),
+    "one_argument": (lambda p: p.mean(-1), r"fails: TypeError: .*takes 1 positional argument but 2 were given"),
+    "mixing": (_not_per_position, r"mixes positions, which may be of different documents"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_OF_USERS)
+def test_a_function_that_is_no_distance_is_refused_when_the_settings_are_read(monkeypatch, name):
+    function, message = LOSSES_OF_USERS[name]
+    monkeypatch.setitem(sys.modules, "losses_of_users", SimpleNamespace(**{name: function}))
+    place = f"losses_of_users:{name}"
+    with pytest.raises(UserError, match=rf"^\[nitp\] loss = '{place}' {message}.*\. It takes prediction"):
+        find_loss(place)
+
+
+def test_a_function_that_is_a_distance_is_taken(monkeypatch):
+    module = SimpleNamespace(fine=lambda p, t: (p - t).abs().sum(-1))
+    monkeypatch.setitem(sys.modules, "losses_of_users", module)
+    assert find_loss("losses_of_users:fine") is module.fine
 
 
 def test_a_batch_without_valid_positions_costs_nothing():

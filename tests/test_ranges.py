@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 from helpers import make_config
 from torch.distributed.pipelining.schedules import get_schedule_class
+from torchtitan.components.optimizer import ParamGroupConfig
 
 from nitp_titan.config import UserError
+from nitp_titan.errors import upstream_refusals
 from nitp_titan.ranges import OPTIMIZER_RANGES, RANGES
 
 
@@ -50,6 +52,22 @@ def test_every_setting_with_a_range_exists(tmp_path):
             {"profiler_warmup": 30},
             r"\[profiler\] profile_freq = 10, but it must be at least",
         ),
+        (
+            "lr_scheduler",
+            {"total_steps": 2},
+            r"\[lr_scheduler\] total_steps = 2, but it must be at least \[training\] steps = 3: after its end the "
+            r"schedule's learning rates are below 0\.",
+        ),
+        (
+            "nitp",
+            {"projector_width": 0.005},
+            r"\[nitp\] projector_width = 0\.005, but it must be at least 0\.01, one hidden unit of the projector",
+        ),
+        (
+            "optimizer",
+            {"param_groups": [ParamGroupConfig(pattern=".*", optimizer_name="DistMuon")]},
+            r"\[optimizer\] optimizer_name = 'DistMuon', but it must be one of 'AdamW', 'Adam'\.",
+        ),
         ("comm", {"train_timeout_seconds": 0}, r"\[comm\] train_timeout_seconds = 0, but it must be at least 1"),
         ("checkpoint", {"exclude_from_loading": ["optimiser"]}, r"Did you mean 'optimizer'\?"),
     ],
@@ -77,3 +95,35 @@ def test_a_group_of_parameters_that_no_optimizer_takes_is_refused(tmp_path, chan
         make_config(tmp_path, optimizer={"param_groups": [dataclasses.replace(group, **change)]})
     with pytest.raises(UserError, match=r"param_groups = \[\], but it must be a list of at least one group"):
         make_config(tmp_path, optimizer={"param_groups": []})
+
+
+def _groups(*patterns):
+    settings = {"lr": 1e-3}
+    groups = [ParamGroupConfig(pattern=p, optimizer_name="AdamW", optimizer_kwargs=settings) for p in patterns]
+    return {"param_groups": groups}
+
+
+@pytest.mark.parametrize(
+    ("sections", "table", "message"),
+    [
+        # Raised, and asserted, in two places of TorchTitan.
+        ({"optimizer": _groups("nothing", ".*")}, "optimizer", r"^\[optimizer\] .* 'nothing' matched no parameters$"),
+        ({"optimizer": _groups("norm")}, "optimizer", r"^\[optimizer\] Parameter mismatch: \d+ trainable params in"),
+        ({"parallelism": {"pipeline_parallel_microbatch_size": 0}}, "parallelism", r"^parallelism\.pipeline_parallel"),
+    ],
+)
+def test_what_torchtitan_refuses_of_the_settings_is_one_line_with_its_table(
+    assets, tmp_path, caplog, sections, table, message
+):
+    with pytest.raises(UserError, match=message) as refused, upstream_refusals():
+        make_config(tmp_path, nitp={"start_step": 3}, **sections).build()
+    assert refused.value.table == table
+    if table == "optimizer":
+        assert "[nitp] start_step = 3 of 3 [training] steps: NITP is measured and never trained." in caplog.text
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), AssertionError("ours")])
+def test_an_error_that_is_not_torchtitan_s_stays_what_it_is(error):
+    with pytest.raises(type(error), match="ours") as raised, upstream_refusals():
+        raise error
+    assert not isinstance(raised.value, UserError)

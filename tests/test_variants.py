@@ -52,6 +52,11 @@ def test_the_debug_recipe_of_a_family_learns_on_one_rank(assets, tmp_path, name)
 @pytest.mark.parametrize("family", [kimi_k2_7, muse_glimmer])
 def test_a_family_with_its_own_forward_is_refused_with_what_to_implement(family):
     spec = family.model_registry("debugmodel")
+    # For NTP the layers are what is asked for, as train_configs/cpu.toml does.
+    message = r"^\[geometry\] layers = true .*overrides Decoder.forward.*--geometry.no-layers"
+    with pytest.raises(UserError, match=message) as refused:
+        with_nitp(spec, NITPConfig())
+    assert (refused.value.table, refused.value.key) == ("geometry", "layers")
     with pytest.raises(
         UserError, match=r"overrides Decoder.forward.*Implement a subclass of nitp_titan.nitp.NITPDecoder"
     ):

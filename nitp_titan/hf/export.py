@@ -26,6 +26,7 @@ from nitp_titan.hf.adapter import PROJECTOR_PREFIX, without_projector
 from nitp_titan.hf.card import model_card
 from nitp_titan.hf.config import require
 from nitp_titan.models import hf_config, meta_tensors
+from nitp_titan.overrides import overridden
 from nitp_titan.pretrained import DTYPES
 
 MAX_SHARD_SIZE = "5GB"
@@ -85,7 +86,7 @@ class Export:
         self.settings = hf_config(self.config.model, spec)
         self.architecture = self.settings["architectures"][0]
         self.adapter = without_projector(spec.state_dict_adapter)(spec.model, None)
-        model = meta_tensors(spec)
+        model = meta_tensors(overridden(self.config, spec))
         checkpoint.check_model(model)
         self.sources = {name: _named(self.adapter, name, tensor) for name, tensor in model.items()}
         """Tensors of the model -> their tensors in transformers, on the meta device."""

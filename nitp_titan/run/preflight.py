@@ -1,4 +1,4 @@
-"""What can be known before anything is built: overrides, the tokenizer, the run folder and the room on its disk."""
+"""What can be known before anything is built: the tokenizer, the run folder and the room on its disk."""
 
 import os
 import shutil
@@ -9,12 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.config.override import _REGISTRY, _resolve_active, _resolve_target
 from torchtitan.observability.structured_logger import structured_logging
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.filesystem import is_remote
 
-from nitp_titan.config import nearest, UserError
+from nitp_titan.config import UserError
 
 # TorchTitan asks this variable for what begins its log.
 _LOG_FACTORY = "TITAN_STRUCT_LOGGER_HANDLERS"
@@ -27,22 +26,9 @@ def check_run(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
         spec: the model to be trained, its projector included.
         tensors: of the model, as `meta_tensors` gives them; not looked at without checkpoints.
     """
-    _check_overrides(config.override.imports)
     _check_tokenizer(config, spec)
     check_writable(config.dump_folder)
     _check_room(config, tensors)
-
-
-def _check_overrides(imports: list) -> None:
-    try:
-        targets = [(*_resolve_target(entry if isinstance(entry, str) else entry[0]), {}) for entry in imports]
-        _resolve_active(targets)
-    except (ImportError, ValueError) as error:
-        known = [name for name in _REGISTRY if name.startswith("nitp_titan.")]
-        wrong = next((entry for entry in imports if isinstance(entry, str) and entry not in _REGISTRY), "")
-        suggestion = nearest(wrong, known) if wrong else ""
-        suggestion = suggestion if "Did you mean" in suggestion else ""
-        raise UserError(f"[override] imports: {error}{suggestion}", table="override", key="imports") from None
 
 
 def _check_tokenizer(config, spec: ModelSpec) -> None:
