@@ -127,7 +127,7 @@ class GeometryConfig:
     """Measure the last hidden state and, with NITP, the implicit target and the projector's output."""
 
     interval: int = 100
-    """Steps between measurements; the first step is measured too."""
+    """Steps between measurements; the first and the last step are measured too."""
 
     layers: bool = False
     """Measure the embedding's and every layer's output as well; each needs dim^2 numbers more."""
@@ -136,7 +136,7 @@ class GeometryConfig:
     """Token pairs sampled for the cosine similarity of App. D; the closed form over all pairs needs none."""
 
     probe_batches: int = 1
-    """Validation batches measured at every validation, the same each time and in every arm; 0 measures none."""
+    """Global batches measured at every validation, the same each time and in every arm; 0 measures none."""
 
     seed: int = 0
     """Seed of the sampled pairs."""

@@ -166,6 +166,31 @@ def surroundings(error: BaseException, place: str = "") -> UserError | None:
     return None
 
 
+class Away(UserError):
+    """A server that does not answer now, and may answer later."""
+
+
+def away(error: BaseException, place: str) -> Away | None:
+    """What keeps a server from answering for a while: no connection, too many requests, an error of its own.
+
+    Args:
+        error: any exception; None is the answer for one that waiting does not mend.
+        place: what was asked for.
+    """
+    for cause in chain(error):
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        if "OfflineModeIsEnabled" in names:
+            return None
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        line = _network_line(cause, names, getattr(cause, "errno", None), str(cause), place)
+        if line is None and isinstance(cause, (ConnectionError, TimeoutError)):
+            # Of `datasets`, which has tried again and again by then.
+            line = f"{place}: it does not answer ({type(cause).__name__}: {cause})."
+        if line is not None and (status is None or status in (408, 429) or status >= 500):
+            return Away(line)
+    return None
+
+
 def chain(error: BaseException) -> list[BaseException]:
     """The error, then what it was raised from or was met while handling, each once, outermost first."""
     found, waiting = [], [error]

@@ -262,7 +262,7 @@ class NITPLoss(ChunkedLoss):
 
     def _show_projection(self, h_BLD: Tensor, labels: Tensor) -> None:
         """Project hidden states of a validation for the meter alone."""
-        if self.meter is None or not self.meter.active or self.settings.objective != "nitp":
+        if self.meter is None or not self.meter.measures(labels) or self.settings.objective != "nitp":
             return
         show = self._projection_shower(labels)
         with spmd.local(), spmd.no_typecheck(), _unsharded_projector(self.projector):

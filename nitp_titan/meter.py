@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.validate import Validator
 from torchtitan.config import ParallelismConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
@@ -62,6 +61,7 @@ class GeometryMeter:
         dim: model dimension.
         seq_len: length of whole sequences.
         batch_size: sequences of one micro-batch.
+        last_step: of training.
     """
 
     def __init__(
@@ -73,11 +73,13 @@ class GeometryMeter:
         dim: int,
         seq_len: int,
         batch_size: int,
+        last_step: int,
         parallel_dims: ParallelDims,
         parallelism: ParallelismConfig,
         device: torch.device,
     ):
         self.settings, self.temporal_shift, self.states = settings, nitp.temporal_shift, states
+        self.last_step = last_step
         self.dim, self.seq_len, self.batch_size, self.device = dim, seq_len, batch_size, device
         axes = ("batch", "cp", "tp")
         meshes = {axis: parallel_dims.get_optional_mesh(axis) for axis in axes}
@@ -88,8 +90,8 @@ class GeometryMeter:
         self.active = False
 
     def due(self, step: int) -> bool:
-        """Whether a training step is measured: the first, and every interval."""
-        return step == 1 or step % self.settings.interval == 0
+        """Whether a training step is measured: the first, every interval and the last."""
+        return step in (1, self.last_step) or step % self.settings.interval == 0
 
     def measure(self, num_microbatches: int, *, seed: int) -> None:
         """Measure the next micro-batches.
@@ -132,9 +134,7 @@ class GeometryMeter:
             passed: the position ids or the labels that came with them.
             start: first local position of a piece of the sequence.
         """
-        if not self.active:
-            return
-        index = next((i for i, m in enumerate(self.microbatches) if passed is m.labels or passed is m.positions), None)
+        index = self._index(passed)
         sharded = self.layers_sharded and state not in (HIDDEN, TARGET, PROJECTED)
         if index is None or (self.ranks["tp"] and not sharded):
             return
@@ -149,6 +149,14 @@ class GeometryMeter:
                 self.pair_states[state] = self._no_pairs()
             self.moments[state].add(x_BLD.flatten(0, 1), valid_BL.flatten())
             self._take_pairs(state, index, tokens, x_BLD, valid_BL)
+
+    def measures(self, passed: Tensor) -> bool:
+        """Whether states are taken in that come with these position ids or labels."""
+        return self._index(passed) is not None
+
+    def _index(self, passed: Tensor) -> int | None:
+        microbatches = self.microbatches if self.active else []
+        return next((i for i, m in enumerate(microbatches) if passed is m.labels or passed is m.positions), None)
 
     def see_layer(self, number: int, x_BLD: Tensor, passed: Tensor) -> None:
         """As `see`, for a layer's output; nothing unless layers are measured."""
@@ -242,37 +250,3 @@ def sample_pairs(num_pairs: int, num_sequences: int, seq_len: int, seed: int) ->
     else:
         sequences, positions = (draw(1), draw(1)), two_different(seq_len)
     return torch.cat(sequences), torch.cat(positions)
-
-
-class ProbingValidator(Validator):
-    """TorchTitan's Validator, which also measures the geometry of its first batches.
-
-    They are the same at every validation, so that arms are compared token for token.
-    """
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Validator.Config):
-        pass
-
-    meter: GeometryMeter | None = None
-    """Set by the trainer."""
-
-    def post_dataloading_process(self, input_dict, labels, model_parts):
-        inputs, passed_labels, extra = super().post_dataloading_process(input_dict, labels, model_parts)
-        if self.meter is not None:
-            self.meter.expect(input_dict["positions"], labels, passed=(extra["positions"], passed_labels))
-        return inputs, passed_labels, extra
-
-    def validate(self, model_parts, step: int) -> None:
-        """As `Validator.validate`."""
-        batches = self.meter.settings.probe_batches if self.meter is not None else 0
-        if batches == 0:
-            return super().validate(model_parts, step)
-        self.meter.measure(batches * self._microbatches_per_batch(), seed=self.meter.settings.seed)
-        super().validate(model_parts, step)
-        self.metrics_processor.log_probe(step, self.meter.finish(self.metrics_processor.rank))
-
-    def _microbatches_per_batch(self) -> int:
-        if not self.parallel_dims.pp_enabled:
-            return 1
-        return self.local_batch_size // self.parallelism.pipeline_parallel_microbatch_size

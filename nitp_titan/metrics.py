@@ -38,6 +38,7 @@ _RECORD = {
     "cosine": f"geometry/{HIDDEN}/cosine",
 }
 _VALIDATION = {"ntp_loss": "validation_metrics/loss"}
+_SKIPPED_VALIDATION = "validation_metrics/skipped"
 # Files with a line per validation.
 _OF_VALIDATION = ("validation", "probe")
 
@@ -72,6 +73,7 @@ class NITPMetrics(MetricsProcessor):
             # Its last stage is on rank 0 too, which TorchTitan knows of the other V-shaped schedule only.
             kwargs["pp_schedule"] = "ZBVZeroBubble"
         super().__init__(config, dump_folder=dump_folder, parallel_dims=parallel_dims, **kwargs)
+        self.last_step = kwargs["config_dict"]["training"]["steps"]
         self.loss_parts: Callable[[], Tensor] | None = None
         self.meter: GeometryMeter | None = None
         self.files: list[MetricsFile] = []
@@ -82,20 +84,20 @@ class NITPMetrics(MetricsProcessor):
         self.rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=kwargs.get("pp_schedule", "1F1B"))
         """The one that writes."""
         if torch.distributed.get_rank() == self.rank:
-            self._add_local_loggers(Path(dump_folder), num_steps=kwargs["config_dict"]["training"]["steps"])
+            self._add_local_loggers(Path(dump_folder))
 
-    def _add_local_loggers(self, folder: Path, num_steps: int) -> None:
+    def _add_local_loggers(self, folder: Path) -> None:
         names = ("metrics", "validation", "geometry", "probe", "skipped")
         self.files = [MetricsFile(folder / f"{name}.jsonl") for name in names]
-        *files, self.geometry_file, self.probe_file, self.skipped_file = self.files
-        training, validation = (RecordLogger(*pair) for pair in zip(files, (_RECORD, _VALIDATION)))
+        metrics_file, self.validation_file, self.geometry_file, self.probe_file, self.skipped_file = self.files
+        training, validation = RecordLogger(metrics_file, _RECORD), RecordLogger(self.validation_file, _VALIDATION)
         container = LoggerContainer()
         if isinstance(self.logger, LoggerContainer):
             container.add_logger(self.logger)
             for tracker in self.logger._loggers:
                 if isinstance(tracker, TensorBoardLogger):
                     tracker.writer.add_custom_scalars(_TENSORBOARD_LAYOUT)
-        self.console = ConsoleLogger(num_steps)
+        self.console = ConsoleLogger(self.last_step)
         for local_logger in (training, validation, self.console):
             container.add_logger(local_logger)
         self.logger = container
@@ -113,8 +115,20 @@ class NITPMetrics(MetricsProcessor):
             self.num_skipped = len(read_records(self.skipped_file.path))
 
     def should_log(self, step: int) -> bool:
-        """Steps of `[metrics] log_freq`, and those whose geometry is measured."""
-        return super().should_log(step) or (self.meter is not None and self.meter.due(step))
+        """Steps of `[metrics] log_freq`, those whose geometry is measured and the last one."""
+        measured = self.meter is not None and self.meter.due(step)
+        return super().should_log(step) or measured or step == self.last_step
+
+    def has_validated(self, step: int) -> bool:
+        """Whether the validation of a step is in its file, and that of the probe in its own; known where they are."""
+        files = [self.validation_file] if self.console is not None else []
+        if files and self.meter is not None and self.meter.settings.probe_batches:
+            files.append(self.probe_file)
+        return bool(files) and all(
+            file.path.exists()
+            and any(record["step"] == step and "skipped" not in record for record in read_records(file.path))
+            for file in files
+        )
 
     def log_skipped(self, step: int, reason: str) -> None:
         """Record that a step was left out, and why; its other metrics are not logged."""
@@ -124,6 +138,15 @@ class NITPMetrics(MetricsProcessor):
             self.skipped_file.append({"step": step, "reason": reason})
             self.num_skipped += 1
             logger.warning(reason)
+
+    def log_skipped_validation(self, step: int, reason: str) -> None:
+        """Record that a validation was left out, and why."""
+        # As after a validation: what was read and waited for is no part of training's speed.
+        self.ntokens_since_last_log, self.time_last_log = 0, time.perf_counter()
+        if self.console is not None:
+            self.validation_file.append({"step": step, "skipped": reason})
+            self.logger.log({_SKIPPED_VALIDATION: 1}, step)
+            logger.warning(f"step {step}: the validation is left out, training goes on. {reason}")
 
     def log_probe(self, step: int, figures: dict[str, dict[str, Any]]) -> None:
         """Log the geometry of the fixed validation batches, measured at a step."""

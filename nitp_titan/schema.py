@@ -18,12 +18,12 @@ from torchtitan.protocols.model_spec import ModelSpec
 from nitp_titan.config import ModelConfig, nearest, shown, UserError
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.errors import upstream_refusals
-from nitp_titan.meter import ProbingValidator
 from nitp_titan.models import build_model_spec
 from nitp_titan.ranges import OPTIMIZER_RANGES
 from nitp_titan.recipe import Settings
 from nitp_titan.tokenizer import CachedTokenizer
 from nitp_titan.trainer import NITPTrainer
+from nitp_titan.validator import ProbingValidator
 
 # Larger integers are no float.
 _FLOAT_BITS = 1024

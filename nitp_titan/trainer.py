@@ -33,14 +33,14 @@ from nitp_titan.config import (
     NITPConfig,
     UserError,
 )
-from nitp_titan.data.loader import check_sources
+from nitp_titan.data.loader import check_sources, TextDataLoader
 from nitp_titan.errors import upstream_refusals
 from nitp_titan.guard import Guard, StepSkipped
 from nitp_titan.hf.export import check_last_save
 from nitp_titan.layout import check_layout
 from nitp_titan.loss import ChunkedLoss, find_loss, NITPLoss
 from nitp_titan.lr_scheduler import WSDSchedulers
-from nitp_titan.meter import GeometryMeter, measured_states, ProbingValidator
+from nitp_titan.meter import GeometryMeter, measured_states
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.models import meta_tensors
 from nitp_titan.objective import trained_positions
@@ -51,6 +51,7 @@ from nitp_titan.run import agreement, credentials, run_folder
 from nitp_titan.run.preflight import check_run
 from nitp_titan.run.restarts import use_fresh_store
 from nitp_titan.run.stopping import ends_with_others, STOPPED, StopSignal
+from nitp_titan.validator import ProbingValidator
 from nitp_titan.variants import with_nitp
 
 
@@ -106,18 +107,27 @@ class NITPTrainer(Trainer):
         if start.from_step is None:
             config = check_initial_load(config, spec, tensors)
         self._run = config, start
+        validator = validator_with_streams(config)
         with upstream_refusals():
-            super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss)))
+            super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss, validator=validator)))
         if not config.checkpoint.create_seed_checkpoint:
             create_states(self.optimizers)
         if config.nitp.enabled:
             self._prepare_nitp()
         self.meter = self._meter() if config.geometry.enable else None
+        if config.validator.enable:
+            self.validator.prepare(
+                last_step=config.training.steps,
+                batches_per_step=self.gradient_accumulation_steps,
+                meter=self.meter,
+            )
         self.guard = self._guard()
         self.stopped = self._validates_again = False
-        # On the CPU, so that agreeing on a stop keeps no device waiting.
+        # On the CPU, so that agreeing on a stop, or on the end of the data, keeps no device waiting.
         num_ranks = torch.distributed.get_world_size()
-        self._stop_group = torch.distributed.new_group(backend="gloo") if num_ranks > 1 else None
+        self._cpu_group = torch.distributed.new_group(backend="gloo") if num_ranks > 1 else None
+        if isinstance(self.dataloader, TextDataLoader):
+            self.dataloader.any_rank = lambda found: bool(agreement.largest(found, self._cpu_group))
         if torch.distributed.get_rank() == 0:
             start.record(config, hosts=self._hosts, world_size=num_ranks)
 
@@ -153,6 +163,7 @@ class NITPTrainer(Trainer):
             dim=self.model_config.dim,
             seq_len=config.training.seq_len,
             batch_size=microbatch_size,
+            last_step=config.training.steps,
             parallel_dims=self.parallel_dims,
             parallelism=config.parallelism,
             device=self.device,
@@ -160,8 +171,6 @@ class NITPTrainer(Trainer):
         self.loss_fn.meter = self.metrics_processor.meter = meter
         for part in self.model_parts:
             part.meter = meter
-        if config.validator.enable:
-            self.validator.meter = meter
         return meter
 
     def _guard(self) -> Guard:
@@ -245,7 +254,7 @@ class NITPTrainer(Trainer):
 
     def train(self) -> None:
         """As `Trainer.train`; after SIGTERM or Ctrl-C it saves a checkpoint and exits with status `STOPPED`."""
-        with ends_with_others(self._stop_group), StopSignal(self._stop_group) as self.stop:
+        with ends_with_others(self._cpu_group), StopSignal(self._cpu_group) as self.stop:
             super().train()
             self.checkpointer.maybe_wait_for_saving()
             if not self.stopped:
@@ -281,7 +290,11 @@ class NITPTrainer(Trainer):
         super().load_state_dict(state_dict)
         self.ntokens_seen //= self._num_token_ranks
         # A step is saved before it is validated, and the run may have ended in between.
-        self._validates_again = self.config.validator.enable and self.validator.should_validate(self.step)
+        self._validates_again = (
+            self.config.validator.enable
+            and self.validator.should_validate(self.step)
+            and not agreement.largest(self.metrics_processor.has_validated(self.step), self._cpu_group)
+        )
         self.metrics_processor.resume(self.step, last_validation=self.step - self._validates_again)
 
 
@@ -314,6 +327,15 @@ def loss_with_nitp(config: NITPTrainer.Config) -> BaseLoss.Config:
         return loss
     chunked = {"num_chunks": loss.num_chunks, "loss_fn": loss.loss_fn, "keep_unsharded": splits}
     return NITPLoss.Config(**chunked, nitp=config.nitp) if config.nitp.enabled else ChunkedLoss.Config(**chunked)
+
+
+def validator_with_streams(config: NITPTrainer.Config) -> ProbingValidator.Config:
+    """The validator of a config; its text is read in as many streams as that of training, unless it says otherwise."""
+    data = config.validator.dataloader
+    if not isinstance(data, TextDataLoader.Config) or data.num_streams is not None:
+        return config.validator
+    num_streams = getattr(config.dataloader, "num_streams", None)
+    return dataclasses.replace(config.validator, dataloader=dataclasses.replace(data, num_streams=num_streams))
 
 
 def model_spec_with_nitp(config: NITPTrainer.Config) -> ModelSpec:

@@ -1,14 +1,15 @@
 """Documents of text sources, packed into one order of sequences that does not depend on the number of ranks.
 
 The order is that of one endless row of sequences 0, 1, 2, ...: sequence ``j`` comes from stream ``j % num_streams`` of
-a source that a seeded draw chooses for it, and is trained by data-parallel rank ``j % num_ranks``. The number of streams
-is the recipe's. Document ``n`` of a source goes to stream ``n % num_streams``; of a streamed source with at least as many
-files as streams, file ``n`` does. So what is added at the end of a source changes nothing before it in the first epoch.
+a source that a seeded draw chooses for it, and is trained by data-parallel rank ``j % num_ranks``. The number of
+streams is the recipe's. Document ``n`` of a source goes to stream ``n % num_streams``; of a streamed source with at
+least as many files as streams, file ``n`` does. So what is added at the end of a source changes nothing before it in
+the first epoch.
 
 A rank reads the streams that hold its sequences and passes over the sequences of the others, so ranks share no work
 where ``num_streams`` is a multiple of their number. How far every stream is read after a number of sequences follows
-from that number alone: a state taken on some ranks continues on any other number of them, with no sequence lost and none
-repeated.
+from that number alone: a state taken on some ranks continues on any other number of them, with no sequence lost and
+none repeated.
 """
 
 import math
@@ -23,6 +24,8 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.logging import logger
+
+from nitp_titan.errors import away
 
 # Of the shuffle of every epoch, plus its number; TorchTitan's text datasets have the same.
 _SHUFFLE_SEED = 42
@@ -73,8 +76,7 @@ def open_documents(
     if source.num_shards >= num_streams:
         own = {stream: source.shard(num_streams, stream, contiguous=False) for stream in states}
         return {
-            stream: StreamedDocuments(Reading(own[stream], 1, {0: state}), 0, state)
-            for stream, state in states.items()
+            stream: StreamedDocuments(Reading(own[stream], 1, {0: state}), 0, state) for stream, state in states.items()
         }
     # A data set of its own, that knows of no state loaded before.
     reading = Reading(source.shard(1, 0), num_streams, states)
@@ -274,7 +276,12 @@ class Stream:
         if self._ended:
             return False
         state = self._documents.state()
-        document = self._documents.next()
+        try:
+            document = self._documents.next()
+        except Exception as error:
+            if gone := away(error, self._name):
+                raise gone from error
+            raise
         if document is None:
             if not self._infinite:
                 self._ended = True
@@ -381,9 +388,7 @@ class PackedText(torch.utils.data.IterableDataset):
         ]
         return {stream: [streams[stream] for streams in opened] if stream in going else None for stream in states}
 
-    def _read(
-        self, streams: dict[int, list[Stream] | None], first: int, end: int
-    ) -> tuple[list[PackedSequence], bool]:
+    def _read(self, streams: dict[int, list[Stream] | None], first: int, end: int) -> tuple[list[PackedSequence], bool]:
         """This rank's share of the sequences from ``first`` on, and whether there was any that it read."""
         rows, found = [], False
         for sequence in range(first, end):

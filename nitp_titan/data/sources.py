@@ -16,6 +16,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from nitp_titan.config import nearest, UserError
 from nitp_titan.data.mixtures import MIXTURES, TextSource
 from nitp_titan.data.tokenized import check_tokens, TOKENS
+from nitp_titan.errors import away
 from nitp_titan.hub import TOKENIZERS, without_download_counts
 
 # Files of a folder. Plain *.json is left out: a folder of text often holds a manifest of that name.
@@ -152,6 +153,8 @@ def open_source(place: Place) -> Dataset | IterableDataset:
             return load_dataset(source.dataset, data_files=files, split="train", streaming=streaming)
         return load_dataset(path, name=source.subset, split=source.split, streaming=streaming)
     except Exception as error:
+        if not is_local and (gone := away(error, path)):
+            raise gone from error
         # `datasets` raises many types here; each of them means that what the config names is wrong.
         kinds = {"json": "line is a JSON object", "parquet": "file is a table"}
         said = (

@@ -57,7 +57,7 @@ def model_card(checkpoint: Checkpoint, config, architecture: str) -> str:
             "",
             markdown.table(["setting", "value"], [[k, str(v)] for k, v in _settings(config).items()], "ll"),
             "",
-            f"## Measured at step {checkpoint.step:,}",
+            "## Measured",
             "",
             markdown.table(["figure", "value"], list(_measured(checkpoint).items())),
             "",
@@ -106,19 +106,25 @@ def schedule(settings: WSDSchedulers.Config, training_steps: int) -> str:
 
 
 def _measured(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The last figures of the run up to the checkpoint's step; only what its files have."""
-    metrics = _last_record(checkpoint.run_folder / "metrics.jsonl", checkpoint.step)
-    validation = _last_record(checkpoint.run_folder / "validation.jsonl", checkpoint.step)
-    names = {"tokens": "tokens", "ntp_loss": "NTP loss, training batch", "nitp_loss": "NITP loss, training batch"}
-    figures = {title: metrics[key] for key, title in names.items() if key in metrics}
-    if "ntp_loss" in validation:
-        figures[f"NTP loss, validation at step {validation['step']:,}"] = validation["ntp_loss"]
-    for key, title in {"effective_rank": "effective rank", "cosine": "average cosine"}.items():
-        if key in metrics:
-            figures[f"{title} of the last hidden states"] = metrics[key]
-    return {title: f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for title, value in figures.items()}
+    """The last figure of each kind up to the checkpoint's step, each with its own step; only what the files have."""
+    names = {
+        ("metrics", "tokens"): "tokens",
+        ("metrics", "ntp_loss"): "NTP loss, training batch",
+        ("metrics", "nitp_loss"): "NITP loss, training batch",
+        ("validation", "ntp_loss"): "NTP loss, validation",
+        ("metrics", "effective_rank"): "effective rank of the last hidden states",
+        ("metrics", "cosine"): "average cosine of the last hidden states",
+    }
+    figures = {}
+    for (file, key), title in names.items():
+        record = _last_record(checkpoint.run_folder / f"{file}.jsonl", key, checkpoint.step)
+        if record is not None:
+            value = record[key]
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            figures[f"{title}, step {record['step']:,}"] = shown
+    return figures
 
 
-def _last_record(path: Path, step: int) -> dict[str, Any]:
+def _last_record(path: Path, key: str, step: int) -> dict[str, Any] | None:
     records = read_records(path) if path.is_file() else []
-    return next((record for record in reversed(records) if record["step"] <= step), {})
+    return next((record for record in reversed(records) if record["step"] <= step and key in record), None)

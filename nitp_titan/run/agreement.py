@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from nitp_titan.config import UserError
@@ -74,6 +75,15 @@ def _manifests(loader: TextDataLoader.Config) -> list[Path]:
 
 def _sources(loader: TextDataLoader.Config) -> list:
     return loader.sources or MIXTURES.get(loader.mixture) or [loader]
+
+
+def largest(value: int, group: dist.ProcessGroup | None) -> int:
+    """The largest value of all ranks of a CPU group, or this rank's without one. A collective."""
+    if group is None:
+        return value
+    found = torch.tensor(int(value))
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return int(found)
 
 
 def check(mine: dict[str, Any]) -> list[str]:

@@ -8,8 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_mixtures import _documents, _loader, _texts, _uneven, _write
+from datasets import IterableDataset
+from simulated_ranks import SimulatedRanks
+from test_mixtures import _documents, _loader, _take, _texts, _uneven, _write
 
+from nitp_titan import config_registry
 from nitp_titan.config import UserError
 from nitp_titan.data.mixtures import TextSource
 
@@ -20,8 +23,8 @@ RANKS = (1, 2, 3, 4)
 class _World:
     """The loaders of all data-parallel ranks, which train a global batch per step."""
 
-    def __init__(self, num_ranks, *, microbatches=1, state=None, **config):
-        batch = GLOBAL_BATCH // num_ranks // microbatches
+    def __init__(self, num_ranks, *, global_batch=GLOBAL_BATCH, microbatches=1, state=None, **config):
+        batch = global_batch // num_ranks // microbatches
         self.loaders = [_loader(world_size=num_ranks, rank=rank, batch=batch, **config) for rank in range(num_ranks)]
         for loader in self.loaders:
             if state is not None:
@@ -93,6 +96,73 @@ def test_a_run_goes_on_on_other_ranks_without_a_lost_or_repeated_sequence(tmp_pa
         assert steps == expected[: len(steps)], path
 
 
+@pytest.mark.parametrize(("streaming", "num_files"), [(None, 1), (True, 5), (True, 70)])
+def test_a_recipe_has_one_order_with_every_train_config_and_goes_on_with_any(tmp_path, streaming, num_files):
+    recipe, ranks = "moe/ntp_3b_a0.5b", {"h100x8": 8, "h100x64_ep": 64}
+    streams = {name: config_registry.load(f"{recipe}@{name}").dataloader.num_streams for name in ranks}
+    assert streams == {"h100x8": 64, "h100x64_ep": 64}
+    sources = _sources(tmp_path, streaming, num_files, count=150)
+    config = {"sources": sources, "num_streams": 64, "global_batch": 128}
+    whole = _World(1, **config)
+    expected = [whole.step() for _ in range(6)]
+    for path in (("h100x8", "h100x64_ep", "h100x8"), ("h100x64_ep", "h100x8", "h100x64_ep")):
+        state, steps = None, []
+        for name in path:
+            world = _World(ranks[name], state=state, **config)
+            steps += [world.step() for _ in range(2)]
+            state = json.loads(json.dumps(world.state()))
+        assert steps == expected, path
+    assert max(stream["document"]["epoch"] for streams in _streams(state) for stream in streams) >= 1
+
+
+@pytest.mark.parametrize(
+    ("streaming", "before", "after"),
+    [
+        (None, [40], [60]),
+        (None, [20, 20], [20, 20, 20]),
+        (True, [40], [60]),
+        (True, [20, 20], [20, 20, 20]),
+        (True, [20] * 4, [20] * 8),
+        (True, [20] * 4, [20, 20, 20, 30]),
+    ],
+)
+def test_what_is_added_at_the_end_changes_nothing_before_it(tmp_path, streaming, before, after):
+    """In the first epoch; documents in each file, of one sequence each."""
+    for folder, sizes in (("old", before), ("new", after)):
+        (tmp_path / folder).mkdir()
+        for number, size in enumerate(sizes):
+            rows = _documents(chr(97 + number), size)
+            (tmp_path / folder / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    old, new = (
+        _texts(_take(iter(_loader(dataset_path=str(tmp_path / name), num_streams=4, streaming=streaming)), sum(before)))
+        for name in ("old", "new")
+    )
+    assert len(set(old)) == sum(before) and old == new
+
+
+def test_a_rank_reads_a_streamed_source_of_few_files_once_for_all_its_streams(monkeypatch):
+    """Not once for each of them; what other streams have not come to waits."""
+    rows, read = _uneven("a", 200), []
+
+    def documents():
+        for row in rows:
+            read.append(row["text"])
+            yield row
+
+    source = IterableDataset.from_generator(documents)
+    monkeypatch.setattr("nitp_titan.data.sources.load_dataset", lambda *args, **options: source)
+    for num_ranks, rank in ((1, 0), (4, 3)):
+        read.clear()
+        loader = _loader(
+            dataset="owner/name", num_streams=64, infinite=False, world_size=num_ranks, rank=rank, batch=64 // num_ranks
+        )
+        batches = list(loader)
+        assert read == [row["text"] for row in rows], num_ranks
+        texts = "".join(_texts([({"input": inputs["input"][labels != -100][None]}, 0) for inputs, labels in batches]))
+        own = [row["text"] for number, row in enumerate(rows) if number % 64 % num_ranks == rank]
+        assert sorted(texts) == sorted("".join(own))
+
+
 @pytest.mark.parametrize("num_streams", [1, 3])
 def test_an_epoch_holds_every_token_of_every_document_once(tmp_path, num_streams):
     rows = _documents("a", 24)
@@ -138,12 +208,26 @@ def test_ranks_that_read_what_others_train_are_told(tmp_path, caplog):
     }
 
 
+def _together(loaders):
+    """Batches of simulated ranks that end together, as `NITPTrainer` lets its ranks."""
+    ranks, group = [iter(loader) for loader in loaders], SimulatedRanks(len(loaders))
+    for rank, loader in enumerate(loaders):
+        loader.any_rank = lambda found, rank=rank: bool(group.largest(rank, found))
+    return group.run([lambda iterator=iterator: list(iterator) for iterator in ranks])
+
+
+@pytest.mark.parametrize("num_streams", [1, 2, 6])
 @pytest.mark.parametrize("count", [24, 25, 26, 27])
-def test_finite_data_ends_on_all_ranks_at_the_same_batch(tmp_path, count):
+def test_finite_data_ends_on_all_ranks_at_the_same_batch(tmp_path, count, num_streams):
     """Nothing is left out, and the rows that fill up a rank's last batch have no label."""
     rows = _documents("a", count)
-    config = {"dataset_path": _write(tmp_path / "a", rows), "infinite": False, "batch": 4}
-    ranks = [list(_loader(world_size=3, rank=rank, **config)) for rank in range(3)]
+    config = {
+        "dataset_path": _write(tmp_path / "a", rows),
+        "infinite": False,
+        "batch": 4,
+        "num_streams": num_streams,
+    }
+    ranks = _together([_loader(world_size=3, rank=rank, **config) for rank in range(3)])
     shapes = [[tuple(labels.shape) for _, labels in batches] for batches in ranks]
     assert shapes[0] == shapes[1] == shapes[2]
     texts = []
@@ -165,6 +249,31 @@ def test_a_document_is_as_long_as_it_likes(tmp_path):
     # The document's last 9 tokens, then what only fills the sequence up.
     assert torch.equal(batches[-1][0]["positions"][0], torch.cat([torch.arange(9), torch.arange(23)]))
     assert (batches[-1][1][0] != -100).tolist() == [True] * 9 + [False] * 23
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_finite_data_in_streams_goes_on_on_other_ranks_to_its_end(tmp_path, streaming, num_streams):
+    """Some streams of a mixture end long before others; every label is there once."""
+    config = {"sources": _sources(tmp_path, streaming, count=17), "num_streams": num_streams, "infinite": False}
+    config |= {"batch": 2}
+    whole = list(_loader(**config | {"batch": 4}))
+    expected = [labels[labels != -100].tolist() for _, labels in whole]
+    found, state = [], {}
+    for num_ranks, num_steps in ((2, 2), (1, 2), (2, None)):
+        loaders = [_loader(world_size=num_ranks, rank=rank, **config) for rank in range(num_ranks)]
+        for loader in loaders:
+            loader.load_state_dict({key: state[key] for key in loader.state_dict()} if state else {})
+        if num_steps is None:
+            steps = list(zip(*_together(loaders)))
+        else:
+            iterators = [iter(loader) for loader in loaders]
+            steps = [[next(iterator) for iterator in iterators] for _ in range(num_steps)]
+        for step in steps:
+            rows = [row for rows in zip(*(labels for _, labels in step)) for row in rows]
+            found += [label for row in rows for label in row[row != -100].tolist()]
+        state = {key: value for loader in loaders for key, value in loader.state_dict().items()}
+    assert found == [label for labels in expected for label in labels]
 
 
 @pytest.mark.parametrize("streaming", [None, True])
@@ -190,5 +299,3 @@ def test_a_state_of_other_data_is_refused(tmp_path):
         _loader(sources=sources, num_streams=4).load_state_dict(state)
     with pytest.raises(UserError, match=r"\[dataloader\] has 1 sources, but the checkpoint's data has 2"):
         _loader(sources=sources[:1], num_streams=2).load_state_dict(state)
-
-
