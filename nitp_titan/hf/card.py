@@ -59,7 +59,7 @@ def model_card(checkpoint: Checkpoint, config, architecture: str) -> str:
             "",
             "## Measured",
             "",
-            markdown.table(["figure", "value"], list(_measured(checkpoint).items())),
+            markdown.table(["figure", "value"], list(measured(checkpoint).items())),
             "",
             "## Citation",
             "",
@@ -105,7 +105,7 @@ def schedule(settings: WSDSchedulers.Config, training_steps: int) -> str:
     return f"warm-up of {warmup:,} steps, {then}{end}"
 
 
-def _measured(checkpoint: Checkpoint) -> dict[str, Any]:
+def measured(checkpoint: Checkpoint) -> dict[str, Any]:
     """The last figure of each kind up to the checkpoint's step, each with its own step; only what the files have."""
     names = {
         ("metrics", "tokens"): "tokens",

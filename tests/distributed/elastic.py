@@ -58,6 +58,7 @@ def train(folder: Path, part: dict) -> dict:
     run = folder / part["name"]
     degrees = {DEGREES[key]: value for key, value in (part["layout"] or {}).items()}
     data_ranks = (part["layout"] or {}).get("shard", 1)
+    validation = TextDataLoader.Config(dataset_path=str(folder / "validation.jsonl"), infinite=False)
     config = make_config(
         run,
         generated_data=False,
@@ -78,7 +79,8 @@ def train(folder: Path, part: dict) -> dict:
             "keep_latest_k": 0,
             "initial_load_path": str(folder / "seeds" / part["model"] / "checkpoint/step-0"),
         },
-        validator={"enable": False},
+        # All of a few documents: the streams of two ranks end after other batches.
+        validator={"enable": True, "freq": 100, "steps": -1, "dataloader": validation},
         resume=True,
     )
     # Adam gives the smallest gradient a full step, and with it their rounding; a large eps does not.

@@ -43,6 +43,9 @@ def folder(assets, tmp_path_factory) -> Path:
     """Run folders of all runs, trained in one launch."""
     folder = tmp_path_factory.mktemp("elastic")
     (folder / "runs.json").write_text(json.dumps(_parts()))
+    rows = [json.loads(line) for line in (assets / "validation.jsonl").read_text().splitlines()[:5]]
+    short = [{"text": row["text"][: 400 * (index + 1)]} for index, row in enumerate(rows)]
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
     result = torchrun(2, "tests/distributed/elastic.py", str(folder), str(folder / "runs.json"))
     errors = [path.read_text() for path in folder.glob("**/*.error")]
     assert result.returncode == 0 and not errors, "\n".join([*errors, result.stderr[-3000:]])
@@ -77,3 +80,18 @@ def test_a_run_that_changes_its_layout_has_the_figures_of_one_rank(folder, name)
         for key in ("ntp_loss", "nitp_loss"):
             assert record[key] == pytest.approx(expected[key], abs=2e-5), (record["step"], key)
         assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3), record["step"]
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_run_that_changes_its_layout_validates_the_sequences_of_one_rank(folder, name):
+    """The first step and the last one of every part."""
+    one, ours = (
+        {record["step"]: record["ntp_loss"] for record in read_records(folder / run / "validation.jsonl")}
+        for run in (f"{name.partition('/')[0]}/one", name)
+    )
+    parts = len(RUNS[name])
+    assert list(one) == [1, STEPS] and list(ours) == sorted(
+        {1, *(STEPS * (part + 1) // parts for part in range(parts))}
+    )
+    for step, loss in one.items():
+        assert ours[step] == pytest.approx(loss, abs=2e-5)

@@ -1,11 +1,13 @@
-"""What the model card says of the learning-rate schedule is what was trained."""
+"""What the model card says of the schedule is what was trained, and its figures are of the steps that it names."""
 
+import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nitp_titan.hf.card import schedule
+from nitp_titan.hf.card import measured, schedule
 from nitp_titan.lr_scheduler import WSDSchedulers
 
 STEPS = 100
@@ -47,3 +49,23 @@ def test_the_schedule_in_words_is_that_of_the_rates(settings, text):
 def test_a_schedule_of_another_length_than_the_run_says_so():
     config = WSDSchedulers.Config(warmup_steps=10, total_steps=2_000, decay_ratio=0.2)
     assert schedule(config, STEPS) == "warm-up of 10 steps, linear decay over the last 400 of 2,000 steps"
+
+
+def test_every_figure_is_of_the_step_that_the_card_names(tmp_path):
+    """The last of its kind up to the checkpoint, and not one line for all of them."""
+    files = {
+        "metrics": [
+            {"step": 1, "ntp_loss": 8.0, "tokens": 100, "effective_rank": 3.0},
+            {"step": 8, "ntp_loss": 7.0, "tokens": 800},
+            {"step": 10, "ntp_loss": 6.0, "tokens": 1000, "effective_rank": 5.0},
+        ],
+        "validation": [{"step": 4, "ntp_loss": 7.5}, {"step": 8, "skipped": "the hub was away"}],
+    }
+    for name, records in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert measured(SimpleNamespace(run_folder=tmp_path, step=9)) == {
+        "tokens, step 8": "800",
+        "NTP loss, training batch, step 8": "7.0000",
+        "NTP loss, validation, step 4": "7.5000",
+        "effective rank of the last hidden states, step 1": "3.0000",
+    }
