@@ -87,7 +87,7 @@ def effective_rank(spectrum_D: Tensor) -> Tensor:
         spectrum_D: eigenvalues of the covariance, not negative, [dim].
 
     Returns:
-        Scalar, unit: directions. 1 to dim; 0 for a spectrum of zeros, a cloud that is a point.
+        Scalar without a unit, 1 to dim; 0 for a spectrum of zeros, a cloud that is a point.
 
     Source: Roy & Vetterli 2007; NITP App. D.
     """

@@ -52,10 +52,7 @@ def write_run(folder: Path, *, nitp=None, seed: int = 1, steps: int = 100, bette
     _write(folder / "geometry.jsonl", geometry)
     _write(folder / "probe.jsonl", [{"step": step, "hidden": _state(9 + better, 0.2)} for step in measured])
     _write(folder / "validation.jsonl", [{"step": s, "ntp_loss": 7.9 - s / 50 - better} for s in measured])
-    tables = {
-        name: {**table, **settings.get(name, {})} if isinstance(table, dict) else table
-        for name, table in SETTINGS.items()
-    }
+    tables = SETTINGS | {name: {**SETTINGS.get(name, {}), **table} for name, table in settings.items()}
     tables["debug"] = {"seed": seed}
     if nitp:
         tables["nitp"] = {"weight": 1.0, "loss": "cosine"} | settings.get("nitp", {})

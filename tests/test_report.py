@@ -1,5 +1,6 @@
 """The comparison of runs: arms, fairness, statistics, page."""
 
+import dataclasses
 import json
 import math
 import random
@@ -7,13 +8,15 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib import pyplot
 from report_runs import three_phases, write_run
 
 from nitp_titan.config import UserError
 from nitp_titan.report import drawing, figures
 from nitp_titan.report.page import Report
-from nitp_titan.report.runs import common_step, differences, read_arms
+from nitp_titan.report.runs import common_steps, differences, read_arms
 from nitp_titan.report.stats import bootstrap_interval, difference, FIGURES, phases, smoothed
+from nitp_titan.report.study import MECHANISMS
 
 BY_NAME = {figure.name: figure for figure in FIGURES}
 
@@ -33,15 +36,75 @@ def arms_of(*arguments):
     return arms
 
 
+def value(name, run):
+    return BY_NAME[name].of(run, BY_NAME[name].steps([run]))
+
+
 def test_final_figures_are_means_over_the_last_tenth_or_last_values(tmp_path):
     (arm,) = arms_of(write_run(tmp_path / "ntp"))
     run = arm.runs[0]
-    assert BY_NAME["NTP loss"].of(run, 100) == pytest.approx(sum(8.01 - step / 50 for step in range(91, 101)) / 10)
-    assert BY_NAME["NTP loss"].of(run, 50) == pytest.approx(sum(8.01 - step / 50 for step in range(46, 51)) / 5)
-    assert BY_NAME["validation NTP loss"].of(run, 80) == pytest.approx(7.9 - 75 / 50)
-    assert BY_NAME["NITP loss"].of(run, 100) is None
-    # The first step pays for the start.
-    assert BY_NAME["tokens/s"].of(run, 100) == 1051.0
+    assert BY_NAME["NTP loss"].steps([run]) == list(range(91, 101))
+    assert value("NTP loss", run) == pytest.approx(sum(8.01 - step / 50 for step in range(91, 101)) / 10)
+    assert BY_NAME["validation NTP loss"].steps([run]) == [100]
+    assert value("validation NTP loss", run) == pytest.approx(7.9 - 100 / 50)
+    assert value("NITP loss", run) is None
+
+
+def _thinned(folder, name: str, keep) -> None:
+    """Leave only those records of a metrics file whose step is kept."""
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if keep(json.loads(line)["step"])))
+
+
+def test_figures_of_different_steps_never_stand_side_by_side(tmp_path):
+    """One arm validates at 1, 25, 50, 75, 100, the other at 1, 50, 100 and its last validation is lost; one logs every
+    step, the other every third."""
+    a = write_run(tmp_path / "a", validator={"freq": 25})
+    b = write_run(tmp_path / "b", nitp=three_phases, better=0.5, validator={"freq": 50})
+    _thinned(b, "validation", lambda step: step in (1, 50))
+    _thinned(b, "geometry", lambda step: step < 100)
+    _thinned(b, "metrics", lambda step: step % 3 == 1)
+    report = Report(arms_of(a, b))
+    header, rows = report.final_table()
+    cells = [dict(zip(header, row)) for row in rows]
+    assert [row["validation NTP loss"] for row in cells] == ["6.9000", "6.4000", "50"]
+    steps = list(range(1, 101, 3))[-3:]
+    means = [f"{first - sum(steps) / 150:.4f}" for first in (8.01, 7.51)]
+    assert [row["NTP loss"] for row in cells] == [*means, "94 to 100"]
+    assert [row["effective rank"] for row in cells] == ["17.5", "18.0", "75"]
+    assert [row["tokens"] for row in cells] == ["51,200", "51,200", "100"]
+    _, rows = report.difference_table()
+    assert ["validation NTP loss", "50", "nitp_debug", "-0.5000", "-", "1", "may be chance"] in rows
+    assert "validation NTP loss -0.5000 at step 50" in report.sentences()[0]
+    assert "Output of every layer at step 75." in [one.caption for one in report.drawings]
+    # Another interval is not another set of tokens.
+    assert report.settings.warnings == [] and list(report.settings.others) == ["validator.freq"]
+
+
+def test_a_figure_without_a_step_in_common_is_said_and_not_shown(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases)
+    _thinned(a, "validation", lambda step: step in (1, 50))
+    _thinned(b, "validation", lambda step: step in (25, 75))
+    report = Report(arms_of(a, b))
+    assert "validation NTP loss" not in report.final_table()[0]
+    assert report.settings.warnings == ["validation NTP loss: the runs have no step in common; it is not compared."]
+
+
+def test_nothing_that_the_load_of_the_machine_decides_is_compared(seeds):
+    """Runs one after the other do not take turns: their speeds say nothing of what an arm costs."""
+    report = Report(arms_of(seeds / "ntp", seeds / "nitp"))
+    header, rows = report.final_table()
+    for words in ("overhead", "tokens/s", "+0.0%"):
+        assert words not in header and not any(words in cell for row in rows for cell in row)
+    assert "say nothing of what an arm costs: scripts/bench_overhead.py" in report.markdown()
+
+
+def test_the_largest_gradient_is_compared_with_the_median_of_an_even_number_too(tmp_path):
+    (arm,) = arms_of(write_run(tmp_path / "a", lr_scheduler={"warmup_steps": 0}))
+    (spikes,) = {one.of for one in MECHANISMS if one.figure == "largest gradient over the median"}
+    for norms, ratio in (([1.0, 3.0, 6.0], 2.0), ([1.0, 3.0, 5.0, 8.0], 2.0)):
+        records = [record | {"grad_norm": norm} for record, norm in zip(arm.runs[0].records, norms)]
+        assert spikes(dataclasses.replace(arm.runs[0], records=records)) == pytest.approx(ratio)
 
 
 def test_phases_finds_collapse_hump_and_end():
@@ -105,16 +168,16 @@ def test_two_arms_of_one_recipe_take_the_names_of_their_folders(tmp_path):
 
 def test_differences_are_paired_by_seed(seeds):
     ntp, nitp = arms_of(seeds / "ntp", seeds / "nitp")
-    found = difference(nitp, ntp, BY_NAME["validation NTP loss"], 100)
+    found = difference(nitp, ntp, BY_NAME["validation NTP loss"], [100])
     assert found.value == pytest.approx(-0.2) and found.pairs == 3 and found.shown
     assert found.interval == (pytest.approx(-0.3), pytest.approx(-0.1))
-    assert difference(nitp, ntp, BY_NAME["NITP loss"], 100) is None
+    assert difference(nitp, ntp, BY_NAME["NITP loss"], [100]) is None
 
 
 def test_only_common_seeds_are_paired(seeds):
     (seeds / "ntp/seed_2/metrics.jsonl").unlink()
     ntp, nitp = arms_of(seeds / "ntp", seeds / "nitp")
-    found = difference(nitp, ntp, BY_NAME["validation NTP loss"], 100)
+    found = difference(nitp, ntp, BY_NAME["validation NTP loss"], [100])
     assert found.pairs == 2 and found.interval is None and not found.shown
     assert any(
         "the seeds differ (ntp_debug: 1, 3; nitp_debug: 1, 2, 3)" in w for w in differences([ntp, nitp]).warnings
@@ -135,14 +198,21 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
 @pytest.mark.parametrize(
     "table, key, value, reason",
     [
-        ("dataloader", "dataset_path", "other.jsonl", "the arms see other data or another order"),
-        ("training", "global_batch_size", 8, "the arms see different numbers of tokens"),
-        ("training", "seq_len", 256, "the arms see other data or another order"),
+        ("dataloader", "dataset_path", "other.jsonl", "the arms may see other data or another order"),
+        ("dataloader", "num_streams", 16, "the arms may see other data or another order"),
+        ("training", "global_batch_size", 8, "at the same step the arms have seen different numbers of tokens"),
+        ("training", "steps", 200, "at the same step the arms are at different parts of the learning-rate schedule"),
+        ("training", "seq_len", 256, "the arms may see other data or another order"),
+        ("model", "flavor", "8B", "more than NITP is compared"),
+        ("validator", "steps", 4, "validation is not on the same tokens"),
+        ("geometry", "probe_batches", 4, "the probe is not on the same tokens"),
+        ("checkpoint", "initial_load_path", "there", "the arms may start from different weights"),
     ],
 )
 def test_an_unfair_comparison_is_called_so(tmp_path, table, key, value, reason):
-    arms = arms_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, **{table: {key: value}}))
-    found = differences(arms)
+    write_run(tmp_path / "a", steps=50)
+    write_run(tmp_path / "b", steps=50, nitp=three_phases, **{table: {key: value}})
+    found = differences(read_arms([str(tmp_path / "a"), str(tmp_path / "b")])[0])
     assert list(found.others) == [f"{table}.{key}"]
     assert found.warnings == [f"{table}.{key} differs: {reason}."]
 
@@ -152,10 +222,24 @@ def test_a_fair_comparison_differs_in_nitp_alone(seeds):
     assert found.nitp == {"nitp.weight": [0.0, 1.0]} and found.others == {} and found.warnings == []
 
 
-def test_harmless_settings_are_named_without_a_warning(tmp_path):
-    arms = arms_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, metrics={"log_freq": 5}))
+@pytest.mark.parametrize(
+    "table, key, value",
+    [
+        ("metrics", "log_freq", 5),
+        ("validator", "freq", 50),
+        ("geometry", "interval", 5),
+        # Sequences and losses are those of one rank in every layout.
+        ("parallelism", "data_parallel_shard_degree", 8),
+        ("parallelism", "pipeline_parallel_degree", 2),
+        ("training", "local_batch_size", 2),
+        ("dataloader", "num_workers", 2),
+        ("model", "attn_backend", "flex"),
+    ],
+)
+def test_harmless_settings_are_named_without_a_warning(tmp_path, table, key, value):
+    arms = arms_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, **{table: {key: value}}))
     found = differences(arms)
-    assert list(found.others) == ["metrics.log_freq"] and found.warnings == []
+    assert list(found.others) == [f"{table}.{key}"] and found.warnings == []
 
 
 def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(tmp_path):
@@ -163,11 +247,12 @@ def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(tmp_path):
     write_run(tmp_path / "b", nitp=three_phases, steps=60)
     arms, problems = read_arms([str(tmp_path / "a"), str(tmp_path / "b")])
     assert problems == [f"{tmp_path / 'b'}: at step 60 of 100; it is compared as far as it is."]
-    assert common_step(arms) == 60
-    assert "the runs are at steps 60 to 100: figures are compared at 60." in differences(arms).warnings
+    assert common_steps(run.series("tokens") for arm in arms for run in arm.runs) == list(range(1, 61))
+    said = "the runs are at steps 60 to 100: figures are compared at steps that all of them have."
+    assert said in differences(arms).warnings
     report = Report(arms, problems)
     header, rows = report.final_table()
-    assert [row[header.index("tokens")] for row in rows] == ["30,720", "30,720"]
+    assert [row[header.index("tokens")] for row in rows] == ["30,720", "30,720", "60"]
     assert rows[0][header.index("NTP loss")] == f"{8.01 - 57.5 / 50:.4f}"
 
 
@@ -222,7 +307,7 @@ def test_nothing_to_compare_is_an_error_with_all_reasons(tmp_path):
 def test_one_run_per_arm_claims_nothing(tmp_path):
     arms = arms_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, better=0.5))
     first, phase = Report(arms).sentences()
-    assert first.startswith("nitp_debug against ntp_debug: validation NTP loss -0.5000; probe effective rank +0.5;")
+    assert first.startswith("nitp_debug against ntp_debug: validation NTP loss -0.5000 at step 100; probe effective ")
     assert first.endswith("With one run per arm all of this may be chance: the data show nothing.")
     assert phase.startswith("NITP loss of nitp_debug (moving average): 0.901 at the first step, collapses to")
 
@@ -231,20 +316,21 @@ def test_three_seeds_say_what_is_shown_and_what_is_not(seeds):
     (first, *_) = Report(arms_of(seeds / "ntp", seeds / "nitp")).sentences()
     assert first == (
         "nitp_debug against ntp_debug, 3 seeds: the data show a difference in validation NTP loss -0.2000 (-0.3000 to "
-        "-0.1000); probe effective rank +0.2 (+0.1 to +0.3), and they show none in probe cosine +0.000 (+0.000 to "
-        "+0.000)."
+        "-0.1000) at step 100; probe effective rank +0.2 (+0.1 to +0.3) at step 100, and they show none in probe "
+        "cosine +0.000 (+0.000 to +0.000) at step 100."
     )
 
 
-def test_the_tables_have_mean_range_difference_and_overhead(seeds):
+def test_the_tables_have_mean_range_difference_and_steps(seeds):
     report = Report(arms_of(seeds / "ntp", seeds / "nitp"))
     header, rows = report.final_table()
     cells = [dict(zip(header, row)) for row in rows]
     assert cells[0]["validation NTP loss"] == "5.9000 ± 0.0000" and cells[1]["validation NTP loss"] == "5.7000 ± 0.1000"
-    assert cells[0]["overhead"] == "-" and cells[1]["overhead"] == "+0.0%"
+    assert cells[2]["arm"] == "at step" and cells[2]["validation NTP loss"] == "100"
     header, rows = report.difference_table()
-    assert ["validation NTP loss", "nitp_debug", "-0.2000", "-0.3000 to -0.1000", "3", "show a difference"] in rows
-    assert not any(row[0] in ("tokens/s", "NITP loss") for row in rows)
+    cells = ["validation NTP loss", "100", "nitp_debug", "-0.2000", "-0.3000 to -0.1000", "3", "show a difference"]
+    assert cells in rows
+    assert not any(row[0] in ("tokens", "NITP loss") for row in rows)
 
 
 def test_every_figure_is_a_file_and_in_the_page(seeds):
@@ -270,6 +356,39 @@ def test_the_page_asks_for_nothing_and_takes_the_colours_of_the_reader(seeds):
     assert all(href.startswith(("#", "data:")) for href in hrefs)
     assert "prefers-color-scheme: dark" in page and "currentColor" in page
     assert drawing._INK not in page and drawing._GRID not in page
+
+
+def _axes_of(drawn):
+    with pyplot.rc_context(drawing._PRINTED):
+        figure = drawing._figure(drawn)
+        figure.canvas.draw()
+    return figure, figure.axes[0]
+
+
+def test_no_unit_is_invented_and_a_cut_axis_says_so(seeds):
+    by_name = {one.name: one for one in Report(arms_of(seeds / "ntp", seeds / "nitp")).drawings}
+    labels = {name: _axes_of(one)[1].get_ylabel() for name, one in by_name.items()}
+    assert not any("direction" in label for label in labels.values())
+    assert labels["effective_rank"] == "effective rank (log scale)"
+    _, axes = _axes_of(by_name["ntp_loss"])
+    largest = max(max(line.get_ydata()) for line in axes.lines)
+    assert largest > axes.get_ylim()[1]
+    assert labels["ntp_loss"] == f"nats per token, above {axes.get_ylim()[1]:.2g} cut off"
+
+
+def test_legends_and_words_lie_on_no_curve_and_grids_behind_bars(seeds):
+    drawings = Report(arms_of(seeds / "ntp", seeds / "nitp")).drawings
+    for one in drawings:
+        figure, axes = _axes_of(one)
+        assert axes.get_legend() is None and len(figure.legends) == 1
+        legend, area = figure.legends[0].get_window_extent(), axes.get_window_extent()
+        assert not legend.overlaps(area)
+        assert axes.get_axisbelow() is True
+    _, axes = _axes_of(next(one for one in drawings if one.name == "nitp_loss"))
+    words = [text.get_window_extent() for text in axes.texts]
+    curves = [axes.transData.transform(line.get_xydata()) for line in axes.lines if line.get_label()[0] != "_"]
+    assert len(words) == 2 and len(curves) == 1
+    assert not any(box.contains(x, y) for box in words for points in curves for x, y in points)
 
 
 def test_names_cannot_break_the_page(tmp_path):

@@ -65,8 +65,8 @@ def plan(names: Sequence[str]) -> Plan:
     averages = [Average("mteb", group, members) for group, members in GROUPS.items()]
     note = (
         "MTEB on frozen states: the paper's 25 English tasks and groups (App. E, Table 6, with MTEB 2.12.0). Mean of "
-        f"the last hidden states of at most {MAX_LENGTH} tokens (our choice, the paper gives no length), L2-normalised, no "
-        "prompt. MTEB gives no standard errors."
+        f"the last hidden states of at most {MAX_LENGTH} tokens (our choice, the paper gives no length), "
+        "L2-normalised, no prompt. MTEB gives no standard errors."
     )
     return Plan(
         tasks=[Task(name, settings, partial(run, name), online=True) for name in chosen],

@@ -1,6 +1,7 @@
 """How a figure of the report is rendered: as SVG that takes the colours of the page around it, and as files."""
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +16,9 @@ from matplotlib.axes import Axes
 # Stand-ins that become CSS in the SVG.
 _INK, _GRID = "#010203", "#010204"
 _CSS = {_INK: "currentColor", _GRID: "var(--grid)"}
-_SIZE = (5.0, 3.3)
+_SIZE = (5.0, 3.5)
+# Inches: letters of 9 points are as large as the text around where a page is 9 inches wide.
+_OVERVIEW_WIDTH = 9.0
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,20 @@ def svg(drawing: Drawing) -> str:
 
 
 def write_overview(drawings: Sequence[Drawing], path: Path) -> None:
-    """Write figures side by side as one PNG with one legend."""
+    """Write figures as one PNG with one legend; two or three in a row are readable in a column of text."""
+    columns = min(len(drawings), 3 if len(drawings) % 3 == 0 else 2)
+    rows = math.ceil(len(drawings) / columns)
     with pyplot.rc_context(_PRINTED):
-        size = (_SIZE[0] * len(drawings) * 0.8, _SIZE[1])
+        size = (_OVERVIEW_WIDTH, 0.3 + 0.7 * rows * _OVERVIEW_WIDTH / columns)
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-        for axes, drawing in zip(figure.subplots(1, len(drawings), squeeze=False)[0], drawings):
+        places = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, drawing in zip(places, drawings):
             drawing.draw(axes)
             axes.set_title(drawing.title, fontsize=10, loc="left")
-        axes.legend()
-        figure.savefig(path, dpi=130)
+        for axes in places:
+            axes.remove()
+        _add_legend(figure)
+        figure.savefig(path, dpi=180)
 
 
 def write_files(drawing: Drawing, folder: Path) -> None:
@@ -73,6 +81,8 @@ def _style(ink: str, grid: str) -> dict:
         **dict.fromkeys(inked, ink),
         "grid.color": grid,
         "axes.grid": True,
+        # Below bars as well as lines.
+        "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "font.size": 9,
@@ -89,6 +99,14 @@ def _figure(drawing: Drawing):
     figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     drawing.draw(axes)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
+    _add_legend(figure)
     return figure
+
+
+def _add_legend(figure) -> None:
+    """One legend of all axes below them, where it covers no curve."""
+    pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels())]
+    if named := {label: handle for handle, label in reversed(pairs)}:
+        labels = list(dict.fromkeys(label for _, label in pairs))
+        handles = [named[label] for label in labels]
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))

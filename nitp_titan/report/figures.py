@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 
 from nitp_titan.report.drawing import Drawing
-from nitp_titan.report.runs import Arm, Run, Series
-from nitp_titan.report.stats import mean, phases, smoothed
+from nitp_titan.report.runs import Arm, common_steps, Run, Series
+from nitp_titan.report.stats import phases, smoothed
 
 # Readable on white and on near-black; the first is the baseline's.
 COLORS = ("#7f8794", "#e0662f", "#3b86c8", "#2e9e6b", "#b768b0", "#c79a1e", "#4fb0b8", "#c4505f")
 _SPECTRUM_STYLES = ("solid", "dashed", "dotted", "dashdot")
 # Figures of a state: key -> title, unit and what is special about its axis over steps.
 _GEOMETRY = {
-    "effective_rank": ("Effective rank", "directions", {"log": True}),
+    "effective_rank": ("Effective rank", "effective rank (log scale)", {"log": True}),
     "cosine": ("Average cosine similarity", "cosine, all pairs", {}),
 }
 # Side by side in one picture, as far as they were measured.
@@ -62,7 +63,7 @@ def _geometry(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
         "target_effective_rank",
         "Effective rank of the implicit target",
         "It drifts where gradients reach the target." + band,
-        "directions",
+        "effective rank (log scale)",
         log=True,
     )
 
@@ -76,10 +77,14 @@ def _spectra(arms: Sequence[Arm], wanted: Sequence[int], several: bool) -> Itera
 
 
 def _layers(arms: Sequence[Arm]) -> Iterator[Drawing]:
+    runs = [run for arm in arms for run in arm.runs]
     for figure, (title, label, _) in _GEOMETRY.items():
-        if any(_profile(run, figure) for arm in arms for run in arm.runs):
-            caption = "Output of every layer at the last measurement."
-            yield Drawing(f"layers_{figure}", f"{title} by layer", caption, _by_layer(arms, figure, label))
+        # Layers of different steps say nothing of the arms.
+        steps = common_steps(run.geometry_series("layer_0", figure) for run in runs)
+        if steps:
+            caption = f"Output of every layer at step {steps[-1]:,}."
+            label = label.removesuffix(" (log scale)")
+            yield Drawing(f"layers_{figure}", f"{title} by layer", caption, _by_layer(arms, figure, label, steps[-1]))
 
 
 def _training(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
@@ -87,7 +92,7 @@ def _training(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
     yield from _plain(arms, _logged("lr"), "learning_rate", "Learning rate", caption, "learning rate")
     speed = _logged("tokens_per_second")
     if _any(arms, speed):
-        caption = "Tokens per second over all ranks, moving average." + band
+        caption = "Tokens per second over all ranks, moving average. At other times a machine has other loads." + band
         draw = _labelled(_curves(arms, speed, smooth=True), "tokens/s", ylim=(0, None))
         yield Drawing("throughput", "Throughput", caption, draw)
     caption = "Before clipping, of NTP and NITP together; single steps." + band
@@ -131,7 +136,7 @@ def _curves(arms: Sequence[Arm], of: Callable[[Run], Series], *, smooth: bool = 
             steps, rows = _aligned([of(run) for run in arm.runs])
             if not steps:
                 continue
-            line = [mean(column) for column in zip(*rows)]
+            line = [fmean(column) for column in zip(*rows)]
             rows = [smoothed(row) for row in rows] if smooth else rows
             shade = color(arms, arm)
             if smooth and len(rows) == 1:
@@ -162,16 +167,20 @@ def _aligned(series: Sequence[Series]) -> tuple[list[int], list[list[float]]]:
 def _zoomed(
     arms: Sequence[Arm], of: Callable[[Run], Series], label: str, *, smooth: bool = False
 ) -> Callable[[Axes], None]:
-    """The curves after their steep start: the axis ends a little above the later values."""
+    """The curves after their steep start: the axis ends a little above the later values, and its label says so."""
     curves = _curves(arms, of, smooth=smooth)
 
     def zoomed(axes: Axes) -> None:
         curves(axes)
-        later = [v for arm in arms for run in arm.runs for v in of(run)[1][len(of(run)[1]) // 8 :] if math.isfinite(v)]
+        found = [[v for v in of(run)[1] if math.isfinite(v)] for arm in arms for run in arm.runs]
+        later = [value for values in found for value in values[len(values) // 8 :]]
+        cut = ""
         if later:
             low, high = min(later), max(later)
-            axes.set_ylim(low - 0.04 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
-        axes.set_ylabel(label)
+            top = high + 0.08 * (high - low) + 1e-9
+            axes.set_ylim(low - 0.04 * (high - low) - 1e-9, top)
+            cut = f", above {top:.2g} cut off" if any(value > top for values in found for value in values) else ""
+        axes.set_ylabel(label + cut)
 
     return zoomed
 
@@ -201,18 +210,22 @@ def _phases_marked(arms: Sequence[Arm], of: Callable[[Run], Series]) -> Callable
 
     def draw(axes: Axes) -> None:
         curves(axes)
-        named = False
+        found = []
         for arm in arms:
             steps, rows = _aligned([of(run) for run in arm.runs])
-            marks = phases(steps, [mean(column) for column in zip(*rows)])
-            if marks is None:
-                continue
-            for name in ("collapse", "hump", "end"):
-                axes.plot(*marks[name], marker="o", markersize=4, color=color(arms, arm))
-            for name in () if named else ("collapse", "hump"):
-                axes.annotate(name, marks[name], textcoords="offset points", xytext=(5, 7), fontsize=8)
-            named = True
-        axes.set(ylabel="loss", ylim=(0, None))
+            if marks := phases(steps, [fmean(column) for column in zip(*rows)]):
+                found.append(marks)
+                for name in ("collapse", "hump", "end"):
+                    axes.plot(*marks[name], marker="o", markersize=4, color=color(arms, arm))
+        axes.set(ylabel="NITP loss", ylim=(0, None))
+        # Room for the words above every curve, at the first arm's phases.
+        if found:
+            top = axes.get_ylim()[1]
+            axes.set_ylim(0, 1.12 * top)
+            for name in ("collapse", "hump"):
+                step, value = found[0][name]
+                axes.plot([step, step], [value, 1.06 * top], color="#8b929b", linewidth=0.8, linestyle=":", zorder=1)
+                axes.annotate(name, (step, 1.07 * top), fontsize=8, ha="center", va="bottom")
 
     return draw
 
@@ -250,13 +263,13 @@ def chosen_steps(arms: Sequence[Arm], wanted: Sequence[int] = ()) -> list[int]:
     return sorted(nearest, reverse=True)[: len(_SPECTRUM_STYLES)]
 
 
-def _by_layer(arms: Sequence[Arm], figure: str, label: str) -> Callable[[Axes], None]:
+def _by_layer(arms: Sequence[Arm], figure: str, label: str, step: int) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for arm in arms:
-            rows = [profile for run in arm.runs if (profile := _profile(run, figure))]
+            rows = [profile for run in arm.runs if (profile := _profile(run, figure, step))]
             numbers = sorted(set.intersection(*(set(row) for row in rows))) if rows else []
             if numbers:
-                line = [mean([row[number] for row in rows]) for number in numbers]
+                line = [fmean(row[number] for row in rows) for number in numbers]
                 low, high = ([pick(row[n] for row in rows) for n in numbers] for pick in (min, max))
                 axes.fill_between(numbers, low, high, color=color(arms, arm), alpha=0.2, linewidth=0)
                 axes.plot(numbers, line, color=color(arms, arm), marker="o", markersize=3.5, label=arm.name)
@@ -266,8 +279,8 @@ def _by_layer(arms: Sequence[Arm], figure: str, label: str) -> Callable[[Axes], 
     return draw
 
 
-def _profile(run: Run, figure: str) -> dict[int, float]:
-    """Layer -> figure at the last measurement of a run; empty if layers were not measured."""
-    states = run.geometry[-1] if run.geometry else {}
+def _profile(run: Run, figure: str, step: int) -> dict[int, float]:
+    """Layer -> figure at a step of a run; empty if layers were not measured."""
+    states = next((record for record in run.geometry if record["step"] == step), {})
     layers = {int(s.removeprefix("layer_")): v for s, v in states.items() if s.startswith("layer_") and figure in v}
     return {number: values[figure] for number, values in layers.items()}

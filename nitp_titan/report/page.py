@@ -3,17 +3,19 @@
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nitp_titan import markdown
 from nitp_titan.report import drawing, figures, runs
-from nitp_titan.report.runs import Arm, common_step, Differences
-from nitp_titan.report.stats import Difference, difference, Figure, FIGURES, FINAL_SHARE, mean, phases
+from nitp_titan.report.runs import Arm, Differences
+from nitp_titan.report.stats import Difference, difference, Figure, FIGURES, FINAL_SHARE, phases, TOKENS
 
 _NOTE = (
-    f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of what was logged, "
-    "validation and probe figures the last ones, tokens/s the median; ± is half the range over seeds. Probe figures "
-    "are of the same validation tokens in every arm. Intervals are 95% bootstrap intervals of the mean difference over "
+    f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of the steps that all "
+    "runs have logged, validation and probe figures are of the last such step; ± is half the range over seeds. Probe "
+    "figures are of the same validation tokens in every arm. Runs one after the other say nothing of what an arm costs: "
+    "scripts/bench_overhead.py measures that. Intervals are 95% bootstrap intervals of the mean difference over "
     "pairs of the same seed; with three pairs such an interval goes from the smallest to the largest difference and "
     "leaves out zero by chance alone in one comparison of four."
 )
@@ -37,8 +39,14 @@ class Report:
 
     def __init__(self, arms: Sequence[Arm], problems: Sequence[str] = (), *, spectrum_steps: Sequence[int] = ()):
         self.arms, self.problems = list(arms), list(problems)
-        self.step = common_step(arms)
+        every_run = [run for arm in arms for run in arm.runs]
+        self.steps = {figure: figure.steps(every_run) for figure in (TOKENS, *FIGURES)}
         self.settings: Differences = runs.differences(arms)
+        self.settings.warnings.extend(
+            f"{figure.name}: the runs have no step in common; it is not compared."
+            for figure in FIGURES
+            if not self.steps[figure] and any(figure.series(run)[0] for run in every_run)
+        )
         self.drawings = figures.drawings(arms, spectrum_steps)
 
     @property
@@ -51,18 +59,23 @@ class Report:
 
     def values(self, arm: Arm, figure: Figure) -> list[float]:
         """The final figure of every run of an arm that has it."""
-        return [value for run in arm.runs if (value := figure.of(run, self.step)) is not None]
+        return [value for run in arm.runs if (value := figure.of(run, self.steps[figure])) is not None]
 
     def final_table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, one per arm, of means over seeds."""
+        """Header, rows of means over seeds, one per arm, and a last row with the steps of every figure."""
         shown = [figure for figure in FIGURES if any(self.values(arm, figure) for arm in self.arms)]
-        header = ["arm", "runs", "tokens", *(figure.name for figure in shown), "overhead"]
+        header = ["arm", "runs", TOKENS.name, *(figure.name for figure in shown)]
         rows = []
         for arm in self.arms:
-            tokens = [tokens[-1] for run in arm.runs if (tokens := run.series("tokens", until=self.step)[1])]
-            row = [arm.name, str(len(arm.runs)), f"{int(mean(tokens)):,}" if tokens else "-"]
-            rows.append([*row, *(self._cell(arm, figure) for figure in shown), self.overhead(arm)])
-        return header, rows
+            tokens = self.values(arm, TOKENS)
+            row = [arm.name, str(len(arm.runs)), f"{fmean(tokens):{TOKENS.form}}" if tokens else "-"]
+            rows.append([*row, *(self._cell(arm, figure) for figure in shown)])
+        return header, [*rows, ["at step", "", *(self.at(figure) for figure in (TOKENS, *shown))]]
+
+    def at(self, figure: Figure) -> str:
+        """The steps that a figure is of."""
+        steps = self.steps[figure]
+        return "-" if not steps else f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
 
     def _cell(self, arm: Arm, figure: Figure) -> str:
         values = self.values(arm, figure)
@@ -70,26 +83,22 @@ class Report:
             return "-"
         spread = (max(values) - min(values)) / 2
         plus_minus = f" ± {spread:{figure.form}}" if len(values) > 1 else ""
-        return f"{mean(values):{figure.form}}{plus_minus}"
-
-    def overhead(self, arm: Arm) -> str:
-        """Wall-clock time per token over the baseline's."""
-        (speed,) = [figure for figure in FIGURES if figure.name == "tokens/s"]
-        ours, theirs = (self.values(one, speed) for one in (arm, self.baseline))
-        if arm is self.baseline or not ours or not theirs:
-            return "-"
-        return f"{mean(theirs) / mean(ours) - 1:+.1%}"
+        return f"{fmean(values):{figure.form}}{plus_minus}"
 
     def difference_table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the differences to the baseline, one per figure and arm."""
-        header = ["figure", "arm", "difference", "95% interval", "pairs", "the data"]
+        header = ["figure", "at step", "arm", "difference", "95% interval", "pairs", "the data"]
         rows = []
         for figure in FIGURES:
             for arm in self.arms[1:]:
-                found = difference(arm, self.baseline, figure, self.step) if figure.compared else None
+                found = self._difference(arm, figure) if figure.compared else None
                 if found is not None:
-                    rows.append([figure.name, arm.name, *self._difference_cells(found, figure.form)])
+                    cells = self._difference_cells(found, figure.form)
+                    rows.append([figure.name, self.at(figure), arm.name, *cells])
         return header, rows
+
+    def _difference(self, arm: Arm, figure: Figure) -> Difference | None:
+        return difference(arm, self.baseline, figure, self.steps[figure])
 
     @staticmethod
     def _difference_cells(found: Difference, form: str) -> list[str]:
@@ -107,21 +116,22 @@ class Report:
         return said if len(self.arms) > 1 else ["One arm alone is no comparison.", *said]
 
     def _compared(self, arm: Arm) -> str:
-        found = {}
+        by_name = {figure.name: figure for figure in FIGURES}
+        found: dict[Figure, Difference] = {}
         for choices in _OF_INTEREST:
-            named = {figure.name: difference(arm, self.baseline, figure, self.step) for figure in FIGURES}
-            name = next((name for name in choices if named[name] is not None), None)
-            if name is not None:
-                found[name] = named[name]
-        forms = {figure.name: figure.form for figure in FIGURES}
+            for figure in (by_name[name] for name in choices):
+                if (one := self._difference(arm, figure)) is not None:
+                    found[figure] = one
+                    break
         if not found:
-            return f"{arm.name} and {self.baseline.name} have no seed in common: nothing is compared."
+            return f"{arm.name} and {self.baseline.name} have no seed or no step in common: nothing is compared."
         pairs = max(one.pairs for one in found.values())
         head = f"{arm.name} against {self.baseline.name}"
         values = {
-            name: f"{name} {one.value:+{forms[name]}}"
-            + (f" ({one.interval[0]:+{forms[name]}} to {one.interval[1]:+{forms[name]}})" if one.interval else "")
-            for name, one in found.items()
+            figure: f"{figure.name} {one.value:+{figure.form}}"
+            + (f" ({one.interval[0]:+{figure.form}} to {one.interval[1]:+{figure.form}})" if one.interval else "")
+            + f" at step {self.at(figure)}"
+            for figure, one in found.items()
         }
         if all(one.interval is None for one in found.values()):
             runs = "one run per arm" if pairs == 1 else f"{pairs} pairs of runs"
@@ -140,7 +150,7 @@ class Report:
         marks = [found for run in arm.runs if (found := phases(*run.series("nitp_loss")))]
         if not marks:
             return ""
-        start, collapse, hump, end = (mean([found[name][1] for found in marks]) for name in marks[0])
+        start, collapse, hump, end = (fmean(found[name][1] for found in marks) for name in marks[0])
         steps = {name: sorted(found[name][0] for found in marks) for name in ("collapse", "hump")}
         at = {name: f"step {s[0]:,}" if s[0] == s[-1] else f"steps {s[0]:,} to {s[-1]:,}" for name, s in steps.items()}
         return (
@@ -161,7 +171,7 @@ class Report:
 
     def markdown(self) -> str:
         """The report as Markdown, with the PNG files as pictures."""
-        parts = [f"# {self.title()}", f"At step {self.step:,}.", _bullets(self.sentences())]
+        parts = [f"# {self.title()}", f"At step {self.at(TOKENS)}.", _bullets(self.sentences())]
         parts += ["**Not a fair comparison:**\n\n" + _bullets(self.settings.warnings)] if self.settings.warnings else []
         parts += ["**Could not be read:**\n\n" + _bullets(self.problems)] if self.problems else []
         parts += ["## Final figures", markdown.table(*self.final_table())]
@@ -192,7 +202,7 @@ class Report:
         return _PAGE.format(
             title=escape(self.title()),
             style=_STYLE,
-            step=f"{self.step:,}",
+            step=self.at(TOKENS),
             key=key,
             sentences=_html_list(self.sentences()),
             boxes=boxes,

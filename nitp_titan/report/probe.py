@@ -75,7 +75,7 @@ def drawings(result: dict[str, Any]) -> list[Drawing]:
     caption = "What enters the first layer and leaves each; open: the last hidden state, after the final norm."
     found = []
     for figure, title, label in (
-        ("effective_rank", "Effective rank by layer", "directions"),
+        ("effective_rank", "Effective rank by layer", "effective rank"),
         ("cosine", "Average cosine similarity by layer", "cosine, all pairs"),
     ):
         if any(model["states"] for model in models):
@@ -101,7 +101,7 @@ def _by_layer(models: Sequence[dict[str, Any]], figure: str, label: str) -> Call
                 last, label_of_last = (model["num_layers"], states["hidden"][figure]), None if points else model["name"]
                 style = {"marker": "D", "markersize": 5.5, "markerfacecolor": "none", "linestyle": "none"}
                 axes.plot(*last, color=color, label=label_of_last, **style)
-        axes.set(xlabel="layer (0: embedding; open: after the final norm)", ylabel=label)
+        axes.set(xlabel="layer (0: embedding; open: final norm)", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     return draw

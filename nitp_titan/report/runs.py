@@ -13,17 +13,20 @@ Series = tuple[list[int], list[float]]
 
 # Settings that name a run and say nothing about it.
 _NAMES = ("dump_folder", "metrics.run_name", "metrics.run_group", "debug.seed")
-# Settings that decide what is compared: prefixes -> what a difference in them makes of the comparison.
+# Settings that decide what is compared: prefixes -> what a difference in them makes of the comparison. The parallelism
+# is not among them: sequences and losses are those of one rank in every layout.
 _UNFAIR = {
-    ("dataloader.", "hf_assets_path", "training.seq_len"): "the arms see other data or another order",
-    ("parallelism.data_parallel", "parallelism.context", "parallelism.pipeline", "parallelism.tensor"): (
-        "the loader deals documents to ranks, so that the order of the data may be another"
-    ),
-    ("training.steps", "training.global_batch_size"): "the arms see different numbers of tokens",
-    ("model.", "optimizer.", "lr_scheduler.", "training.max_norm"): "more than NITP is compared",
-    ("validator.", "geometry.probe_batches"): "validation is not on the same tokens",
+    ("dataloader.", "hf_assets_path", "training.seq_len"): "the arms may see other data or another order",
+    ("training.global_batch_size",): "at the same step the arms have seen different numbers of tokens",
+    ("training.steps",): "at the same step the arms are at different parts of the learning-rate schedule",
+    ("model.family", "model.flavor", "optimizer.", "lr_scheduler.", "training.max_norm"): "more than NITP is compared",
+    ("checkpoint.initial_load",): "the arms may start from different weights",
+    ("validator.dataloader.", "validator.steps"): "validation is not on the same tokens",
+    ("geometry.probe_batches",): "the probe is not on the same tokens",
     ("training.mixed_precision", "float8.", "training.dtype"): "the arms compute in different precision",
 }
+# How data are read, which changes neither them nor their order.
+_HARMLESS = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
 
 
 @dataclass(frozen=True)
@@ -53,30 +56,30 @@ class Run:
     def planned_steps(self) -> int | None:
         return self.settings.get("training.steps")
 
-    def series(self, key: str, *, until: int | None = None) -> Series:
+    def series(self, key: str) -> Series:
         """Steps and values of a figure of metrics.jsonl, where it was logged."""
-        return _series(self.records, [key], until)
+        return _series(self.records, [key])
 
-    def validation_series(self, *, until: int | None = None) -> Series:
+    def validation_series(self) -> Series:
         """Steps and validation NTP losses."""
-        return _series(self.validation, ["ntp_loss"], until)
+        return _series(self.validation, ["ntp_loss"])
 
-    def geometry_series(self, state: str, figure: str, *, until: int | None = None) -> Series:
+    def geometry_series(self, state: str, figure: str) -> Series:
         """Steps and values of a figure of training mini-batches."""
-        return _series(self.geometry, [state, figure], until)
+        return _series(self.geometry, [state, figure])
 
-    def probe_series(self, state: str, figure: str, *, until: int | None = None) -> Series:
+    def probe_series(self, state: str, figure: str) -> Series:
         """Steps and values of a figure of the fixed validation batches."""
-        return _series(self.probe, [state, figure], until)
+        return _series(self.probe, [state, figure])
 
 
-def _series(records: list[dict[str, Any]], path: Sequence[str], until: int | None) -> Series:
+def _series(records: list[dict[str, Any]], path: Sequence[str]) -> Series:
     steps, values = [], []
     for record in records:
         value: Any = record
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, (int, float)) and (until is None or record["step"] <= until):
+        if isinstance(value, (int, float)):
             steps.append(record["step"])
             values.append(float(value))
     return steps, values
@@ -230,7 +233,7 @@ def differences(arms: Sequence[Arm]) -> Differences:
     others = {key: values for key, values in found.items() if key not in nitp}
     warnings = []
     for prefixes, reason in _UNFAIR.items():
-        if keys := [key for key in others if key.startswith(prefixes)]:
+        if keys := [key for key in others if key.startswith(prefixes) and not key.endswith(_HARMLESS)]:
             warnings.append(f"{', '.join(keys)} differ{'s' if len(keys) == 1 else ''}: {reason}.")
     seeds = {arm.name: sorted(run.seed for run in arm.runs if run.seed is not None) for arm in known}
     if len({tuple(values) for values in seeds.values()}) > 1:
@@ -238,13 +241,17 @@ def differences(arms: Sequence[Arm]) -> Differences:
         warnings.append(f"the seeds differ ({shown}): only runs with a seed in common are paired.")
     last = {run.last_step for arm in arms for run in arm.runs}
     if len(last) > 1:
-        warnings.append(f"the runs are at steps {min(last):,} to {max(last):,}: figures are compared at {min(last):,}.")
+        warnings.append(
+            f"the runs are at steps {min(last):,} to {max(last):,}: figures are compared at steps that all of them "
+            "have."
+        )
     if len(known) < len(arms):
         unknown = ", ".join(arm.name for arm in arms if not arm.settings)
         warnings.append(f"the settings of {unknown} are unknown: nothing says that the arms can be compared.")
     return Differences(nitp, others, warnings)
 
 
-def common_step(arms: Sequence[Arm]) -> int:
-    """The last step that every run has logged."""
-    return min(run.last_step for arm in arms for run in arm.runs)
+def common_steps(series: Iterable[Series]) -> list[int]:
+    """Steps at which every run has a figure, of the runs that have it at all: no other ones can be compared."""
+    measured = [set(steps) for steps, _ in series if steps]
+    return sorted(set.intersection(*measured)) if measured else []

@@ -5,8 +5,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import fmean
 
-from nitp_titan.report.runs import Arm, Run, Series
+from nitp_titan.report.runs import Arm, common_steps, Run, Series
 
 # Share of the run that the "final" figures average over: single batches are noisy.
 FINAL_SHARE = 0.1
@@ -57,20 +58,15 @@ def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int
 def final_mean(series: Series) -> float | None:
     """Mean over the last tenth of a series."""
     _, values = series
-    count = max(1, round(len(values) * FINAL_SHARE))
-    return mean(values[-count:]) if values else None
+    return fmean(values[-_final_count(values) :]) if values else None
+
+
+def _final_count(values: Sequence) -> int:
+    return max(1, round(len(values) * FINAL_SHARE))
 
 
 def last(series: Series) -> float | None:
     return series[1][-1] if series[1] else None
-
-
-def median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -78,41 +74,35 @@ class Figure:
     """A final figure of a run, and how it is shown."""
 
     name: str
-    unit: str
     form: str
-    of: Callable[[Run, int], float | None]
-    """Value of a run at a step."""
+    series: Callable[[Run], Series]
+    averaged: bool = False
+    """Whether it is the mean over the last steps, as single batches are noisy, and not the last value."""
 
     compared: bool = True
     """Whether a difference of arms means something about training."""
 
+    def steps(self, runs: Sequence[Run]) -> list[int]:
+        """Steps that the figure is made from, the same for all runs that have it."""
+        common = common_steps(self.series(run) for run in runs)
+        return common[-_final_count(common) :] if self.averaged else common[-1:]
 
-def _tokens_per_second(run: Run, step: int) -> float | None:
-    # The first step pays for the start.
-    values = run.series("tokens_per_second", until=step)[1][1:]
-    return median(values) if values else None
+    def of(self, run: Run, steps: Sequence[int]) -> float | None:
+        """Value of a run, from `steps`; None if the run lacks it."""
+        values = dict(zip(*self.series(run)))
+        return fmean(values[step] for step in steps) if steps and values.keys() >= set(steps) else None
 
 
+TOKENS = Figure("tokens", ",.0f", lambda run: run.series("tokens"), compared=False)
 FIGURES = [
-    Figure("NTP loss", "nats per token", ".4f", lambda run, step: final_mean(run.series("ntp_loss", until=step))),
-    Figure("validation NTP loss", "nats per token", ".4f", lambda run, step: last(run.validation_series(until=step))),
-    Figure("NITP loss", "", ".4f", lambda run, step: final_mean(run.series("nitp_loss", until=step)), compared=False),
-    Figure(
-        "effective rank",
-        "directions",
-        ".1f",
-        lambda run, step: final_mean(run.geometry_series("hidden", "effective_rank", until=step)),
-    ),
-    Figure("cosine", "", ".3f", lambda run, step: final_mean(run.geometry_series("hidden", "cosine", until=step))),
-    Figure(
-        "probe effective rank",
-        "directions",
-        ".1f",
-        lambda run, step: last(run.probe_series("hidden", "effective_rank", until=step)),
-    ),
-    Figure("probe cosine", "", ".3f", lambda run, step: last(run.probe_series("hidden", "cosine", until=step))),
-    Figure("tokens/s", "", ",.0f", _tokens_per_second, compared=False),
-    Figure("memory GiB", "", ".2f", lambda run, step: last(run.series("memory_gib", until=step)), compared=False),
+    Figure("NTP loss", ".4f", lambda run: run.series("ntp_loss"), averaged=True),
+    Figure("validation NTP loss", ".4f", lambda run: run.validation_series()),
+    Figure("NITP loss", ".4f", lambda run: run.series("nitp_loss"), averaged=True, compared=False),
+    Figure("effective rank", ".1f", lambda run: run.geometry_series("hidden", "effective_rank"), averaged=True),
+    Figure("cosine", ".3f", lambda run: run.geometry_series("hidden", "cosine"), averaged=True),
+    Figure("probe effective rank", ".1f", lambda run: run.probe_series("hidden", "effective_rank")),
+    Figure("probe cosine", ".3f", lambda run: run.probe_series("hidden", "cosine")),
+    Figure("memory GiB", ".2f", lambda run: run.series("memory_gib"), compared=False),
 ]
 
 
@@ -131,20 +121,20 @@ class Difference:
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
 
-def difference(arm: Arm, baseline: Arm, figure: Figure, step: int) -> Difference | None:
-    """Paired difference ``arm - baseline`` of a final figure; None without a pair.
+def difference(arm: Arm, baseline: Arm, figure: Figure, steps: Sequence[int]) -> Difference | None:
+    """Paired difference ``arm - baseline`` of a final figure at the same steps; None without a pair.
 
     Runs of the same seed are a pair; where no seed is known, runs in their order.
     """
     values = [
         (ours, theirs)
         for run, other in paired(arm, baseline)
-        if (ours := figure.of(run, step)) is not None and (theirs := figure.of(other, step)) is not None
+        if (ours := figure.of(run, steps)) is not None and (theirs := figure.of(other, steps)) is not None
     ]
     differences = [ours - theirs for ours, theirs in values]
     if not differences:
         return None
-    return Difference(mean(differences), len(differences), bootstrap_interval(differences))
+    return Difference(fmean(differences), len(differences), bootstrap_interval(differences))
 
 
 def paired(arm: Arm, baseline: Arm) -> list[tuple[Run, Run]]:
@@ -156,7 +146,7 @@ def paired(arm: Arm, baseline: Arm) -> list[tuple[Run, Run]]:
 
 
 def bootstrap_interval(
-    values: Sequence[float], statistic: Callable[[Sequence[float]], float] = mean
+    values: Sequence[float], statistic: Callable[[Sequence[float]], float] = fmean
 ) -> tuple[float, float] | None:
     """95% percentile bootstrap interval (Efron 1979), seeded; None for fewer than `ENOUGH_PAIRS` values."""
     if len(values) < ENOUGH_PAIRS:

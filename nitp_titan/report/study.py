@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 
 from nitp_titan import markdown
 from nitp_titan.config import UserError
 from nitp_titan.report.runs import Arm, read_arms, Run
-from nitp_titan.report.stats import bootstrap_interval, final_mean, last, mean, median, paired, phases
+from nitp_titan.report.stats import bootstrap_interval, final_mean, last, paired, phases
 
 Value = Callable[[Run], float | None]
 
@@ -175,9 +176,9 @@ def _row(mechanism: Mechanism, arms: dict[str, Arm]) -> list[str] | None:
         return None
     interval = bootstrap_interval(changes)
     if mechanism.baseline is not None:
-        shown = f"{mean(changes):+{form}}" + (f" ({interval[0]:+{form}} to {interval[1]:+{form}})" if interval else "")
-        reference = [f"{mean([theirs for _, theirs in pairs]):{form}}", shown]
-    value = f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+        shown = f"{fmean(changes):+{form}}" + (f" ({interval[0]:+{form}} to {interval[1]:+{form}})" if interval else "")
+        reference = [f"{fmean([theirs for _, theirs in pairs]):{form}}", shown]
+    value = f"{fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
     names = f"{mechanism.arm}" + (f" against {mechanism.baseline}" if mechanism.baseline else "")
     return [mechanism.claim, mechanism.figure, names, value, *reference, str(len(values)), _seen(mechanism, interval)]
 
