@@ -115,6 +115,14 @@ TRAIN_CONFIG_MISTAKES = {
         "[nitp]\nweight = 1.0",
         r"machine.toml: \[nitp\] weight belongs to a recipe, not to a train config",
     ),
+    "order of the data": (
+        "[dataloader]\nnum_streams = 8",
+        r"machine.toml: \[dataloader\] num_streams belongs to a recipe, not to a train config",
+    ),
+    "key of before": (
+        "[dataloader]\nnum_shards = 8",
+        r"machine.toml: \[dataloader\] has no key 'num_shards'. Did you mean 'num_streams'",
+    ),
     "unknown table": ("[metric]\nlog_freq = 1", r"machine.toml: there is no table \[metric\]. Did you mean 'metrics'"),
     "unknown key": (
         "[metrics]\nlog_frequency = 1",

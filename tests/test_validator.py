@@ -7,7 +7,7 @@ import httpx
 import pytest
 from datasets import Dataset, IterableDataset
 from helpers import make_config
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from recipe_files import GOOD_TRAIN_CONFIG
 from simulated_ranks import SimulatedRanks
 
@@ -218,8 +218,11 @@ def test_a_validation_that_one_rank_cannot_read_is_left_out_on_all(monkeypatch, 
     assert world.validate() == expected
 
 
-def test_an_error_that_waiting_does_not_mend_ends_the_run(monkeypatch):
-    Hub(monkeypatch, _http_error(404, RepositoryNotFoundError), opening=1)
+@pytest.mark.parametrize(
+    "error", [_http_error(404, RepositoryNotFoundError), OfflineModeIsEnabled("HF_HUB_OFFLINE=1"), ValueError("no")]
+)
+def test_an_error_that_waiting_does_not_mend_ends_the_run(monkeypatch, error):
+    Hub(monkeypatch, error, opening=1)
     world = World(monkeypatch, 1, dataset="owner/name")
     with pytest.raises(UserError, match=r"\[validator.dataloader\] dataset = 'owner/name'"):
         world.validate()

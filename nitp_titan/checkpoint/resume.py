@@ -39,7 +39,7 @@ def check_resume(config, tensors: dict[str, Tensor]) -> None:
         )
     checkpoint.check_model(tensors)
     if DATALOADER not in settings.exclude_from_loading and isinstance(config.dataloader, TextDataLoader.Config):
-        _check_data(checkpoint, config.dataloader.num_streams or 1)
+        check_data(checkpoint, config.dataloader.num_streams or 1)
 
 
 def _step(folder: Path, load_step: int) -> Path | None:
@@ -63,7 +63,8 @@ def _step(folder: Path, load_step: int) -> Path | None:
     return complete.get(last)
 
 
-def _check_data(checkpoint: Checkpoint, num_streams: int) -> None:
+def check_data(checkpoint: Checkpoint, num_streams: int) -> None:
+    """Raise UserError unless a checkpoint's data are in so many streams."""
     wanted = {"num_streams", "sequence", *(f"stream_{stream}" for stream in range(num_streams))}
     if checkpoint.data_state != wanted:
         found = sum(name.startswith("stream_") for name in checkpoint.data_state)

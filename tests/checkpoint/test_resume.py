@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import make_config, parameters, saved_run
 
+from nitp_titan.checkpoint.resume import check_data
 from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.checkpoint.steps import complete_steps
 from nitp_titan.config import UserError
@@ -212,6 +213,15 @@ def test_a_run_killed_between_a_checkpoint_and_its_validation_validates_again(as
         trainer.train()
         trainer.close()
         assert read_records(path) == whole
+
+
+def test_a_state_of_data_in_parts_is_refused_in_a_line(copy):
+    """As checkpoints of before num_streams have it; their parts held other documents than the streams do."""
+    checkpoint = Checkpoint(copy / "checkpoint/step-3")
+    assert checkpoint.data_state == {"num_streams", "sequence", "stream_0"}
+    checkpoint.data_state = {"num_shards", "sequence", "shard_0"}
+    with pytest.raises(UserError, match=r"step-3 has no state of the data that this version can go on with\. With"):
+        check_data(checkpoint, 1)
 
 
 def test_data_can_begin_again_in_other_streams(copy):
