@@ -1,7 +1,12 @@
 """Metrics as JSON lines, one step per line. Imports no torch, so that reports start fast."""
 
+import io
 import json
+import os
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from nitp_titan.files import write_atomically
 
@@ -20,8 +25,8 @@ class MetricsFile:
         """Continue the file after ``step``; later lines are of steps that will be run again."""
         if not self.path.exists():
             return
-        kept = [json.dumps(record) + "\n" for record in read_records(self.path) if record["step"] <= step]
-        write_atomically(self.path, "".join(kept))
+        parsed, _ = _parsed(self.path.read_bytes())
+        write_atomically(self.path, "".join(line for record, line in parsed if record["step"] <= step))
         self._open("a")
 
     def append(self, record: dict[str, float]) -> None:
@@ -39,7 +44,66 @@ class MetricsFile:
         self._stream = self.path.open(mode)
 
 
-def read_records(path: Path) -> list[dict[str, float]]:
-    """Records of a metrics file; a last line that a crash cut short is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics file; what a crash cut short or damaged is left out."""
+    return [record for record, _ in _parsed(path.read_bytes())[0]]
+
+
+def last_step(path: Path) -> int:
+    """The last step of a metrics file; 0 if there is no such file, or no step in it."""
+    return max((record["step"] for record in read_records(path)), default=0) if path.is_file() else 0
+
+
+def later_lines(path: Path, step: int) -> str:
+    """Lines of a metrics file that are of later steps; empty if there is no such file."""
+    parsed = _parsed(path.read_bytes())[0] if path.is_file() else []
+    return "".join(line for record, line in parsed if record["step"] > step)
+
+
+def set_damaged_aside(path: Path, *, with_step: bool = True) -> Path | None:
+    """Take out of a file of JSON lines what is none, and put it beside the file, as ``<path>.damaged``.
+
+    A last line that a crash cut short is dropped.
+
+    Args:
+        with_step: whether every line must have a ``step``, as those of metrics do.
+
+    Returns:
+        Where the damaged part is now; None if nothing was damaged.
+
+    Raises:
+        OSError: if the file cannot be read or written.
+    """
+    if not os.path.lexists(path):
+        return None
+    aside = next(other for other in _damaged_names(path) if not os.path.lexists(other))
+    if not path.is_file():
+        return path.rename(aside)
+    parsed, damaged = _parsed(path.read_bytes(), with_step=with_step)
+    if not damaged:
+        return None
+    aside.write_bytes(b"".join(damaged))
+    write_atomically(path, "".join(line for _, line in parsed))
+    return aside
+
+
+def _damaged_names(path: Path) -> Iterator[Path]:
+    yield path.with_name(f"{path.name}.damaged")
+    yield from (path.with_name(f"{path.name}.damaged.{number}") for number in count(1))
+
+
+def _parsed(content: bytes, *, with_step: bool = True) -> tuple[list[tuple[dict[str, Any], str]], list[bytes]]:
+    """Records with their lines, and lines that are none; without a last line that was cut short."""
+    parsed, damaged = [], []
+    for line in io.BytesIO(content):
+        try:
+            text = line.decode("utf-8")
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            record = None
+        whole = isinstance(record, dict) and (type(record.get("step")) is int or not with_step)
+        if whole and text.endswith("\n"):
+            parsed.append((record, text))
+        elif line.endswith(b"\n"):
+            damaged.append(line)
+    return parsed, damaged

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torchtitan.trainer import Trainer
 from nitp_titan import cpu
 from nitp_titan.checkpoint.initial_load import check_initial_load
 from nitp_titan.checkpoint.manager import NITPCheckpointManager
-from nitp_titan.checkpoint.resume import check_resume
+from nitp_titan.checkpoint.resume import has_ended
 from nitp_titan.config import (
     Float8Config,
     GeometryConfig,
@@ -92,21 +93,9 @@ class NITPTrainer(Trainer):
 
     def __init__(self, config: Config):
         check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        check_sources(config)
-        if (note := config.nitp.note(config.training.steps)) is not None:
-            logger.warning(note)
         spec, loss = model_spec_with_nitp(config), loss_with_nitp(config)
-        # Built once for all checks, none of which looks at it without checkpoints.
-        trained = overridden(config, spec)
-        tensors = meta_tensors(trained) if config.checkpoint.enable else {}
-        check_run(config, spec, tensors)
-        check_last_save(config, spec, tensors)
-        start = run_folder.find_start(config)
-        if not start.set_aside:
-            check_resume(config, tensors)
-        if start.from_step is None:
-            config = check_initial_load(config, spec, tensors)
-        self._run = config, start
+        # The others of a node wait for its first rank, at their meeting point.
+        self._run = config, plan_start(config, spec) if agreement.leads_node(config) else None
         validator = validator_with_streams(config)
         with upstream_refusals():
             super().__init__(cpu.prepare(dataclasses.replace(config, model_spec=spec, loss=loss, validator=validator)))
@@ -129,14 +118,34 @@ class NITPTrainer(Trainer):
         if isinstance(self.dataloader, TextDataLoader):
             self.dataloader.any_rank = lambda found: bool(agreement.largest(found, self._cpu_group))
         if torch.distributed.get_rank() == 0:
-            start.record(config, hosts=self._hosts, world_size=num_ranks)
+            self.checkpointer.after_save = self.start.note_checkpoint
+            settings = dataclasses.replace(config.checkpoint, initial_load_path=self.start.initial_load_path)
+            recorded = dataclasses.replace(config, checkpoint=settings)
+            documents = getattr(self.dataloader, "num_documents", None)
+            self.start.record(recorded, documents=documents, hosts=self._hosts, world_size=num_ranks)
 
     def init_distributed(self) -> ParallelDims:
         """As `Trainer.init_distributed`; then all ranks agree on what they run, and the run folder is settled."""
         use_fresh_store()
         parallel_dims = super().init_distributed()
-        self._hosts = agreement.settle(*self._run)
+        self._agree()
         return parallel_dims
+
+    def _agree(self) -> None:
+        """Learn how this start goes on, the same on all ranks; a finished run ends here."""
+        self._hosts, self.start = agreement.settle(*self._run)
+        if self.start.finished:
+            torch.distributed.destroy_process_group()
+            sys.exit()
+        step = -1 if self.start.from_step is None else self.start.from_step
+        # What is loaded was decided by the one who looked.
+        self.config.checkpoint = dataclasses.replace(
+            self.config.checkpoint, load_step=step, initial_load_path=self.start.initial_load_path
+        )
+        for variable, value in (("WANDB_RUN_ID", self.start.wandb_id), ("WANDB_RESUME", "allow")):
+            if self.config.metrics.enable_wandb:
+                # The only way to TorchTitan's logger.
+                os.environ[variable] = value
 
     def _prepare_nitp(self) -> None:
         has_loss = not self.parallel_dims.pp_enabled or self.pp_has_last_stage
@@ -257,11 +266,22 @@ class NITPTrainer(Trainer):
         with ends_with_others(self._cpu_group), StopSignal(self._cpu_group) as self.stop:
             super().train()
             self.checkpointer.maybe_wait_for_saving()
+            if self.start.from_step == self.config.training.steps:
+                logger.info(f"All {self.start.from_step} steps were done before: nothing was left to train.")
             if not self.stopped:
                 return
-            self.stop.announce()
+            saves = self.config.checkpoint.enable and not self.config.checkpoint.load_only
+            if saves:
+                self.stop.announce()
         self.close()
         torch.distributed.destroy_process_group()
+        if not saves:
+            key = "load_only = true" if self.config.checkpoint.load_only else "enable = false"
+            logger.warning(
+                f"Stopped by {self.stop.reason} after step {self.step}. Nothing was saved ([checkpoint] {key}): the same "
+                f"command starts again with step {1 + (self.start.from_step or 0)}."
+            )
+            sys.exit(128 + signal.SIGTERM)
         logger.warning(f"Stopped by {self.stop.reason} after step {self.step}; the same command goes on from there.")
         sys.exit(STOPPED)
 
@@ -296,6 +316,28 @@ class NITPTrainer(Trainer):
             and not agreement.largest(self.metrics_processor.has_validated(self.step), self._cpu_group)
         )
         self.metrics_processor.resume(self.step, last_validation=self.step - self._validates_again)
+
+
+def plan_start(config: NITPTrainer.Config, spec: ModelSpec) -> run_folder.Start:
+    """Check what a config names on this machine's disks, and find out how training starts; before anything is built.
+
+    Raises:
+        UserError: naming what is missing, damaged or does not fit.
+    """
+    check_sources(config)
+    if (note := config.nitp.note(config.training.steps)) is not None:
+        logger.warning(note)
+    # Built once for all checks, none of which looks at it without checkpoints.
+    trained = overridden(config, spec)
+    tensors = meta_tensors(trained) if config.checkpoint.enable else {}
+    check_run(config, spec, tensors)
+    check_last_save(config, spec, tensors)
+    start = run_folder.find_start(config)
+    if not start.set_aside:
+        start = dataclasses.replace(start, finished=has_ended(config, tensors, start.from_step))
+    if start.from_step is None:
+        config = check_initial_load(config, spec, tensors)
+    return dataclasses.replace(start, initial_load_path=config.checkpoint.initial_load_path)
 
 
 def count_terms(inputs: dict[str, Tensor], labels_BL: Tensor, settings: NITPConfig) -> Tensor:

@@ -19,7 +19,7 @@ from torchtitan.tools.logging import logger
 
 from nitp_titan import optimizer_states
 from nitp_titan.checkpoint import dcp_files
-from nitp_titan.checkpoint.steps import METADATA, unfinished_steps
+from nitp_titan.checkpoint.steps import complete_steps, METADATA, step_folders, unfinished_steps
 from nitp_titan.config import UserError
 
 
@@ -29,6 +29,9 @@ class NITPCheckpointManager(CheckpointManager):
     before_save: Callable[[int, torch.dtype | None], None] | None = None
     """Called before anything is written, with the step and the type that weights are cast to, None without a cast;
     raises if the states are not fit to be kept."""
+
+    after_save: Callable[[int], None] | None = None
+    """Called with the step once its checkpoint is whole."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
@@ -41,6 +44,7 @@ class NITPCheckpointManager(CheckpointManager):
     def __init__(self, config: Config, **kwargs: Any):
         super().__init__(config, **kwargs)
         self._saved_step: int | None = None
+        """Step of the states in the newest checkpoint, which need not be saved again."""
         if not config.enable or is_remote(self.folder):
             return
         if self.purge_thread is not None:
@@ -60,7 +64,13 @@ class NITPCheckpointManager(CheckpointManager):
                     logger.warning(f"{folder} was not written to its end and is removed.")
                     shutil.rmtree(folder)
             dist.barrier()
-        return super()._load(step)
+        step = self._find_load_step() if step == -1 else step
+        loaded = super()._load(step)
+        self._saved_step = None if step == -1 else step
+        return loaded
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        return curr_step != self._saved_step and super()._should_save(curr_step, last_step)
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
         if self.before_save is not None and self._should_save(curr_step, last_step):
@@ -69,7 +79,13 @@ class NITPCheckpointManager(CheckpointManager):
         saved = super()._save(curr_step, last_step)
         if saved:
             self._saved_step = curr_step
+            if self.save_future is None:
+                self._tell_saved()
         return saved
+
+    def _tell_saved(self) -> None:
+        if self.after_save is not None:
+            self.after_save(self._saved_step)
 
     def last_checkpoint(self) -> str | None:
         """Path of the latest checkpoint that is whole, once the one that is being written is; None if there is none."""
@@ -81,7 +97,7 @@ class NITPCheckpointManager(CheckpointManager):
 
     def save_now(self, step: int) -> None:
         """Save a step whatever the interval, if it is not saved yet, and wait for it."""
-        if not self.enable or self.load_only or step == self._saved_step:
+        if not self.enable or self.load_only:
             return
         interval, self.interval = self.interval, 1
         self.save(step)
@@ -103,9 +119,23 @@ class NITPCheckpointManager(CheckpointManager):
                 dist.barrier()
             return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
+    def _find_load_step(self, folder: str = "") -> int:
+        """As upstream, which takes a renamed copy, such as ``step-20-best``, for the step itself."""
+        folder = folder or self.folder
+        return super()._find_load_step(folder) if is_remote(folder) else max(complete_steps(Path(folder)), default=-1)
+
+    def _purge_stale_checkpoints(self) -> None:
+        """As upstream, which deletes renamed copies too."""
+        if is_remote(self.folder):
+            return super()._purge_stale_checkpoints()
+        if self._should_purge():
+            for path in list(step_folders(Path(self.folder)).values())[: -self.keep_latest_k]:
+                self.purge_queue.put(str(path))
+
     def _wait_for_saving(self) -> None:
         with _one_line(self.folder):
             super()._wait_for_saving()
+        self._tell_saved()
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """As `CheckpointManager.dcp_load`, through `dcp_files`. Optimizers get their states from the checkpoint, and

@@ -12,55 +12,55 @@ from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
 
 
-def check_resume(config, tensors: dict[str, Tensor]) -> None:
-    """Check the checkpoint that a ``Trainer.Config`` would go on from; nothing is checked where there is none.
+def has_ended(config, tensors: dict[str, Tensor], step: int | None) -> bool:
+    """Check the checkpoint that a ``Trainer.Config`` goes on from; nothing is checked where there is none.
 
     Args:
         tensors: of the model to be trained, its projector included.
+        step: of the checkpoint; None if there is none.
+
+    Returns:
+        Whether all steps are done and the checkpoint is one that training cannot go on from.
 
     Raises:
         UserError: naming the checkpoint and what does not fit or is damaged.
     """
     settings = config.checkpoint
+    if not settings.enable or step is None or is_remote(settings.folder):
+        return False
     folder = Path(config.dump_folder) / settings.folder
-    if not settings.enable or is_remote(str(folder)):
-        return
-    step = _step(folder, settings.load_step)
-    if step is None:
-        return
-    checkpoint = Checkpoint(step)
-    if checkpoint.step == 0:
-        # A seed: TorchTitan loads its model only.
-        return checkpoint.check_model(tensors)
-    if not checkpoint.has_optimizer:
+    complete, exported = complete_steps(folder, [METADATA]), complete_steps(folder, [INDEX])
+    done = step >= config.training.steps
+    if step not in complete and step in exported:
+        if done:
+            return True
         raise UserError(
-            f"{step} holds the model only, as the last step does with [checkpoint] last_save_model_only = true: "
-            "the run has ended. Train on in another dump_folder with [checkpoint] initial_load_path."
+            f"{folder}/step-{step} is a Hugging Face model, as the last step is with [checkpoint] last_save_in_hf = "
+            "true: the run has ended. Train on in another dump_folder with [checkpoint] initial_load_path."
+        )
+    if step not in complete:
+        steps = ", ".join(map(str, complete)) or "none"
+        raise UserError(
+            f"[checkpoint] load_step = {step}: {folder} has no such complete checkpoint; there are: {steps}.",
+            table="checkpoint",
+            key="load_step",
+        )
+    checkpoint = Checkpoint(complete[step])
+    if step == 0:
+        # A seed: TorchTitan loads its model only.
+        checkpoint.check_model(tensors)
+        return False
+    if not checkpoint.has_optimizer:
+        if done:
+            return True
+        raise UserError(
+            f"{checkpoint.folder} holds the model only, as the last step does with [checkpoint] last_save_model_only = "
+            "true: the run has ended. Train on in another dump_folder with [checkpoint] initial_load_path."
         )
     checkpoint.check_model(tensors)
     if DATALOADER not in settings.exclude_from_loading and isinstance(config.dataloader, TextDataLoader.Config):
         check_data(checkpoint, config.dataloader.num_streams or 1)
-
-
-def _step(folder: Path, load_step: int) -> Path | None:
-    """Folder of the step that TorchTitan's checkpointer would take."""
-    complete, exported = complete_steps(folder, [METADATA]), complete_steps(folder, [INDEX])
-    if load_step != -1:
-        if load_step not in complete:
-            steps = ", ".join(map(str, sorted(complete))) or "none"
-            raise UserError(
-                f"[checkpoint] load_step = {load_step}: {folder} has no such complete checkpoint; there are: {steps}.",
-                table="checkpoint",
-                key="load_step",
-            )
-        return complete[load_step]
-    last = max([*complete, *exported], default=None)
-    if last is not None and last not in complete:
-        raise UserError(
-            f"{folder}/step-{last} is a Hugging Face model, as the last step is with [checkpoint] last_save_in_hf = "
-            "true: the run has ended. Train on in another dump_folder with [checkpoint] initial_load_path."
-        )
-    return complete.get(last)
+    return False
 
 
 def check_data(checkpoint: Checkpoint, num_streams: int) -> None:

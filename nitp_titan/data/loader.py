@@ -98,6 +98,8 @@ class TextDataLoader(ParallelAwareDataloader):
             )
         places = places_of(config, table)
         opened = [_opened(place, tokenizer) for place in places]
+        self.num_documents = [len(data) if isinstance(data, Dataset) else None for data, _ in opened]
+        """Of every source; None for a streamed one."""
 
         def open_streams(source: int, states: dict[int, dict[str, Any] | None]) -> dict[int, Stream]:
             place, (data, encode) = places[source], opened[source]

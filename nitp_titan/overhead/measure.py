@@ -20,7 +20,6 @@ from torchtitan.distributed import ParallelDims
 
 from nitp_titan.overhead import trace
 from nitp_titan.report.stats import bootstrap_interval
-from nitp_titan.run import agreement
 from nitp_titan.trainer import NITPTrainer
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -33,7 +32,7 @@ class ArmTrainer(NITPTrainer):
         """As `NITPTrainer.init_distributed`, in the process group of the first trainer if there is one."""
         if not dist.is_initialized():
             return super().init_distributed()
-        self._hosts = agreement.settle(*self._run)
+        self._agree()
         return ParallelDims.from_config(self.config.parallelism, dist.get_world_size())
 
 

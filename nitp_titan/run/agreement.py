@@ -2,79 +2,76 @@
 
 import hashlib
 import json
+import os
 import socket
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from nitp_titan.config import UserError
-from nitp_titan.data.loader import TextDataLoader
-from nitp_titan.data.mixtures import MIXTURES
-from nitp_titan.data.sources import local_files
-from nitp_titan.data.tokenized import MANIFEST, tokenizer_hashes, TOKENS
-from nitp_titan.files import sha256
 from nitp_titan.run import provenance, run_folder
+from nitp_titan.run.data_facts import by_name
 
 _DIGITS = 12
 
 
-def settle(config, start: run_folder.Start) -> list[str]:
+def leads_node(config) -> bool:
+    """Whether this rank looks at files and folders for all ranks of its node. Thousands that do would wait for them."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or _is_alone(config)
+
+
+def _is_alone(config) -> bool:
+    # Of simulated ranks only this one is there.
+    return config.comm.mode in ("fake_backend", "local_tensor") or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def settle(config, start: run_folder.Start | None) -> tuple[list[str], run_folder.Start]:
     """Let all ranks agree on what they run; then rank 0 settles the run folder before any rank uses it. A collective.
 
+    Args:
+        config: the ``NITPTrainer.Config`` that this rank has read.
+        start: what the first rank of a node found in the run folder; None on its other ranks.
+
     Returns:
-        Names of the hosts, each once.
+        Names of the hosts, each once; and what rank 0 found.
 
     Raises:
         UserError: as `check` and `Start.settle`.
     """
-    # Of simulated ranks only this one is there.
-    alone = config.comm.mode in ("fake_backend", "local_tensor") or dist.get_world_size() == 1
-    hosts = [socket.gethostname()] if alone else check(facts(config, start))
+    alone = _is_alone(config)
+    hosts = [socket.gethostname()] if alone else check(settings(config), None if start is None else facts(start))
     if dist.get_rank() == 0:
         start.settle()
     if not alone:
         # Not a barrier, which for NCCL wants to know the device.
-        dist.broadcast_object_list([None], src=0)
-    return hosts
+        found = [start and replace(start, data=None)]
+        dist.broadcast_object_list(found, src=0)
+        start = start or found[0]
+    return hosts, start
 
 
-def facts(config, start: run_folder.Start) -> dict[str, Any]:
-    """What has to be the same on all ranks, by the name that messages give it.
-
-    Args:
-        config: the ``NITPTrainer.Config`` of this rank.
-        start: what this rank found in the run folder.
-    """
+def settings(config) -> dict[str, Any]:
+    """Every setting of a ``NITPTrainer.Config``, by the name that messages give it."""
     from nitp_titan import schema
 
-    found = run_folder.named(schema.to_tables(config))
-    found["nitp_titan code"] = provenance.code_hash()[:_DIGITS]
+    return run_folder.named(schema.to_tables(config))
+
+
+def facts(start: run_folder.Start) -> dict[str, Any]:
+    """What has to be the same on all nodes besides the settings, by the name that messages give it.
+
+    Args:
+        start: what the first rank of this node found in the run folder.
+    """
+    found: dict[str, Any] = {"nitp_titan code": provenance.code_hash()[:_DIGITS]}
     found |= provenance.versions()
-    for file, digest in tokenizer_hashes(config.hf_assets_path).items():
-        found[f"hash of {Path(config.hf_assets_path) / file}"] = digest[:_DIGITS]
-    for name, loader in (("dataloader", config.dataloader), ("validator.dataloader", config.validator.dataloader)):
-        if isinstance(loader, TextDataLoader.Config) and (name == "dataloader" or config.validator.enable):
-            found |= {f"size of {path}": Path(path).stat().st_size for path in _files(loader)}
-            # It holds the hashes of the files of tokens.
-            found |= {f"hash of {path}": sha256(path)[:_DIGITS] for path in _manifests(loader)}
+    found |= by_name(start.data)
     found["--overwrite"] = bool(start.set_aside)
     found["checkpoint to go on from"] = start.from_step
+    found["initial checkpoint"] = start.initial_load_path
     return found
-
-
-def _files(loader: TextDataLoader.Config) -> list[str]:
-    places = [(source.dataset_path, source.dataset) for source in _sources(loader) if source.dataset_path]
-    return [file for path, kind in places for file in local_files(path, kind)]
-
-
-def _manifests(loader: TextDataLoader.Config) -> list[Path]:
-    return [Path(source.dataset_path) / MANIFEST for source in _sources(loader) if source.dataset == TOKENS]
-
-
-def _sources(loader: TextDataLoader.Config) -> list:
-    return loader.sources or MIXTURES.get(loader.mixture) or [loader]
 
 
 def largest(value: int, group: dist.ProcessGroup | None) -> int:
@@ -86,8 +83,12 @@ def largest(value: int, group: dist.ProcessGroup | None) -> int:
     return int(found)
 
 
-def check(mine: dict[str, Any]) -> list[str]:
-    """Compare the facts of all ranks with those of rank 0. A collective.
+def check(settings: dict[str, Any], facts: dict[str, Any] | None = None) -> list[str]:
+    """Compare what all ranks run with what rank 0 runs. A collective.
+
+    Args:
+        settings: of this rank.
+        facts: of this node; None on all ranks of it but one.
 
     Returns:
         Names of the hosts, each once.
@@ -95,14 +96,18 @@ def check(mine: dict[str, Any]) -> list[str]:
     Raises:
         UserError: on all ranks alike, naming the ranks that differ, in what, and the values.
     """
-    text = json.dumps(mine)
-    answers = _gathered((hashlib.sha256(text.encode()).hexdigest(), socket.gethostname()))
-    digests, hosts = zip(*answers)
-    if len(set(digests)) > 1:
-        theirs = [text]
+    answers = _gathered((_digest(settings), facts and _digest(facts), socket.gethostname()))
+    digests, of_nodes, hosts = zip(*answers)
+    if len(set(digests)) > 1 or len(set(of_nodes) - {None}) > 1:
+        theirs = [(settings, facts)]
         dist.broadcast_object_list(theirs, src=0)
-        raise UserError(message(_gathered(differences(json.loads(theirs[0]), json.loads(text)))))
+        first = theirs[0][0] | (theirs[0][1] if facts is not None else {})
+        raise UserError(message(_gathered(differences(first, settings | (facts or {})))))
     return list(dict.fromkeys(hosts))
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """A run folder holds one run: the same run goes on there, another one is refused. Imports no torch.
 
-What identifies a run is what its recipe says and what its data are. Everything else (parallelism, batch per rank,
-intervals, precision) may change from start to start.
+What identifies a run is what its recipe says and what its data contain. Everything else (parallelism, batch per rank,
+intervals, precision, where the data lie) may change from start to start.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import socket
-from dataclasses import dataclass, field
+import uuid
+from dataclasses import dataclass, field, replace
 from datetime import datetime, UTC
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,17 +23,25 @@ import tomli
 from nitp_titan import recipe
 from nitp_titan.checkpoint.steps import complete_steps
 from nitp_titan.config import shown, UserError
+from nitp_titan.files import write_atomically
+from nitp_titan.metrics_file import last_step, later_lines, set_damaged_aside
 from nitp_titan.run import provenance
 from nitp_titan.run.credentials import redact
 
 logger = logging.getLogger()
 
 _RESOLVED = "resolved.toml"
+_DATA = "data.json"
 _METRICS = "metrics.jsonl"
 _STARTS = "starts.jsonl"
+_SAVED = "last_checkpoint.json"
 _LOCK = "run.lock"
+# Files with a line per step.
+_STEP_FILES = (_METRICS, "validation.jsonl", "geometry.jsonl", "probe.jsonl", "skipped.jsonl")
 # Of [dataloader], how the data are read. All other keys decide what they are.
-_READING = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "streaming"}
+_READING = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
+# Known by content (`data_facts`), or by their effect.
+_BY_CONTENT = {"dataset_path", "streaming", "hf_assets_path"}
 # TorchTitan's, whose files have the time in their names.
 _TRACES = "structured_logs"
 
@@ -50,14 +59,29 @@ class Start:
     set_aside: list[Path] = field(default_factory=list)
     """Folders of an older run that `settle` renames."""
 
+    later: list[Path] = field(default_factory=list)
+    """Checkpoints of steps after ``from_step``, which `settle` sets aside: the run takes another way from there."""
+
     traces: tuple[str, ...] = ()
     """Folders in them that TorchTitan has begun to use for this start, before a trainer was built."""
 
     message: str = ""
     """What the log says of it."""
 
+    initial_load_path: str | None = None
+    """The step that `[checkpoint] initial_load_path` names, for a run without checkpoints of its own."""
+
+    finished: bool = False
+    """Whether all steps are done, and the last checkpoint cannot be trained on."""
+
+    data: dict[str, Any] | None = None
+    """What the run reads, see `data_facts`."""
+
+    wandb_id: str = ""
+    """Of the run in Weights & Biases, the same at every start."""
+
     def settle(self) -> None:
-        """Set an older run aside. For rank 0 alone, once all ranks have looked.
+        """Set aside an older run, later steps and damaged lines. For rank 0 alone, once all ranks have looked.
 
         Raises:
             UserError: if that cannot be done, or another process trains in the folder.
@@ -71,20 +95,49 @@ class Start:
                 if (aside / name).is_dir():
                     path.mkdir(exist_ok=True)
                     (aside / name).rename(path / name)
+        try:
+            self._set_damaged_aside()
+            if self.later:
+                self._set_later_aside()
+        except OSError as error:
+            raise UserError(f"{error.filename or self.folder} cannot be written: {error.strerror}.") from None
         if self.message:
             logger.info(self.message)
 
-    def record(self, config, **facts: Any) -> None:
-        """Write ``resolved.toml``, ``resolved.json`` and a line of ``starts.jsonl``. For rank 0 alone.
+    def _set_damaged_aside(self) -> None:
+        for name in (*_STEP_FILES, _STARTS):
+            aside = set_damaged_aside(self.folder / name, with_step=name != _STARTS)
+            if aside is not None:
+                logger.warning(f"{self.folder / name} was damaged; the damaged part is now {aside}")
+
+    def _set_later_aside(self) -> None:
+        """Move what comes after ``from_step`` into ``<checkpoints>/set_aside``; a kill in between loses nothing."""
+        place = _free(self.later[0].parent / "set_aside" / f"after_step_{self.from_step}")
+        place.mkdir(parents=True)
+        for name in _STEP_FILES:
+            # The lines themselves are cut off when the metrics are resumed.
+            if lines := later_lines(self.folder / name, self.from_step):
+                write_atomically(place / name, lines)
+        # The newest last: as long as it is in its place, so is the old way.
+        for path in self.later:
+            path.rename(place / path.name)
+        steps = f"steps {self.later[0].name[5:]} to {self.later[-1].name[5:]}" if len(self.later) > 1 else ""
+        steps = steps or f"step {self.later[0].name[5:]}"
+        logger.warning(f"load_step = {self.from_step}: the checkpoints of {steps} and later metrics are now in {place}")
+
+    def record(self, config, *, documents: list[int | None] | None = None, **facts: Any) -> None:
+        """Write ``resolved.toml``, ``resolved.json``, ``data.json`` and a line of ``starts.jsonl``. For rank 0 alone.
 
         Args:
             config: the ``NITPTrainer.Config`` that is trained.
+            documents: of every source of its data; None for a streamed one.
             facts: more to put down, for example the hosts.
 
         Raises:
             UserError: if the folder cannot be written.
         """
         from nitp_titan import schema
+        from nitp_titan.run.data_facts import with_documents
 
         before, now = _read_resolved(self.folder), schema.to_tables(config)
         line = {
@@ -97,6 +150,7 @@ class Start:
             "versions": provenance.versions(),
             "git": provenance.git(),
             "from_step": self.from_step,
+            "wandb_id": self.wandb_id,
             # With the settings that are written now, those of every earlier start.
             "changed": {} if before is None else changes(before, now),
         }
@@ -104,9 +158,16 @@ class Start:
             self.folder.mkdir(parents=True, exist_ok=True)
             _hold(self.folder)
             _append_line(self.folder / _STARTS, redact(json.dumps(line)))
+            if self.data is not None:
+                text = json.dumps(with_documents(self.data, documents or []), indent=1)
+                write_atomically(self.folder / _DATA, text + "\n")
             recipe.write_resolved(config, self.folder)
         except OSError as error:
             raise UserError(f"{error.filename or self.folder} cannot be written: {error.strerror}.") from None
+
+    def note_checkpoint(self, step: int) -> None:
+        """Remember in the run folder that it has a checkpoint. For rank 0 alone."""
+        write_atomically(self.folder / _SAVED, json.dumps({"step": step}) + "\n")
 
 
 def find_start(config) -> Start:
@@ -118,7 +179,7 @@ def find_start(config) -> Start:
     Raises:
         UserError: if the folder holds another run and no flag says what to do with it, naming what differs.
     """
-    from nitp_titan import schema
+    from nitp_titan.run.data_facts import data_facts
 
     folder = Path(config.dump_folder)
     if config.resume and config.overwrite:
@@ -127,22 +188,29 @@ def find_start(config) -> Start:
         raise UserError(f"dump_folder = '{folder}' is a file.", table="", key="dump_folder")
     # A remote folder of checkpoints is TorchTitan's to look into.
     checkpoints = None if "://" in config.checkpoint.folder else folder / config.checkpoint.folder
-    steps = [] if checkpoints is None else list(complete_steps(checkpoints))
+    steps = {} if checkpoints is None else complete_steps(checkpoints)
+    new = Start(folder, data=data_facts(config), wandb_id=os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])
+    if config.overwrite:
+        _check_overwrite(config, [place.resolve() for place in (folder, checkpoints) if place is not None])
     if not (steps or (folder / _RESOLVED).exists() or (folder / _METRICS).exists()):
-        return Start(folder, message="--resume: there is no run yet, a new one starts" if config.resume else "")
+        return replace(new, message="--resume: there is no run yet, a new one starts" if config.resume else "")
 
-    before, now = _read_resolved(folder), schema.to_tables(config)
-    changed = None if before is None else changes(identity(_with_defaults(before, config)), identity(now))
+    changed = _changed(config)
     if config.overwrite and not (changed == {} and _restarted(folder)):
         traces = (_TRACES, config.comm.save_traces_folder)
-        return Start(folder, set_aside=_places(folder, checkpoints), traces=traces)
+        return replace(new, set_aside=_places(folder, checkpoints), traces=traces)
     none = not steps and checkpoints is not None
     if changed != {} and (none or not config.resume):
         raise UserError(_refusal(folder, changed, resume=config.resume, none=none))
+    grown = _check_data(config, new.data, none=none)
+    starts = read_starts(folder)
+    known = os.environ.get("WANDB_RUN_ID") or (starts and starts[-1].get("wandb_id"))
+    again = replace(new, wandb_id=known or new.wandb_id)
     if checkpoints is None:
-        return Start(folder, message=f"{folder}: the run goes on from {config.checkpoint.folder}")
+        return replace(again, message=f"{folder}: the run goes on from {config.checkpoint.folder}")
     if none:
-        return Start(folder, message=f"{folder}: the run had no checkpoint yet and starts again")
+        _check_nothing_lost(config, checkpoints)
+        return replace(again, message=f"{folder}: the run had no checkpoint yet and starts again")
     if not config.checkpoint.enable:
         raise UserError(
             f"{folder} holds a run with checkpoints up to step {max(steps)}, and [checkpoint] enable = false would not "
@@ -150,9 +218,106 @@ def find_start(config) -> Start:
             table="checkpoint",
             key="enable",
         )
-    step = config.checkpoint.load_step if config.checkpoint.load_step != -1 else max(steps)
-    said = f" with {_shown(changed)}" if changed else ""
-    return Start(folder, from_step=step, message=f"{folder}: the run goes on from step {step}{said}")
+    step = config.checkpoint.load_step
+    if step == -1 or (_restarted(folder) and starts[-1].get("from_step") == step):
+        # A restarted job goes on with the way that it has taken.
+        step = max(steps)
+    later = [] if config.checkpoint.load_only else [path for number, path in steps.items() if number > step]
+    said = "; ".join(([f"with {_shown(changed)}"] if changed else []) + grown)
+    message = f"{folder}: the run goes on from step {step}{' ' * bool(said)}{said}"
+    if step in steps and step > config.training.steps:
+        raise UserError(
+            f"{folder}: the run has done {step} steps, and [training] steps = {config.training.steps}. Take more steps, "
+            f"or an earlier checkpoint ([checkpoint] load_step), {_WAYS_OUT}.",
+            table="training",
+            key="steps",
+        )
+    if step == config.training.steps:
+        message = f"{folder}: the run has done its {step} steps, nothing is left to train"
+    # Another way is another run in Weights & Biases, which knows no step twice.
+    wandb_id = new.wandb_id if later else again.wandb_id
+    return replace(new, from_step=step, later=later, message=message, wandb_id=wandb_id)
+
+
+def _changed(config) -> dict[str, list[Any]] | None:
+    """Settings that identify the run and differ from those of the run in the folder; None if its own are unknown."""
+    from nitp_titan import schema
+
+    before = _read_resolved(Path(config.dump_folder))
+    if before is None:
+        return None
+    return changes(identity(_with_defaults(before, config)), identity(schema.to_tables(config)))
+
+
+def _check_overwrite(config, places: list[Path]) -> None:
+    """Raise UserError if a folder that ``--overwrite`` may rename holds more than a run."""
+    needed = {"the working directory": Path.cwd(), "this project": recipe.PROJECT, "your home": Path.home()}
+    needed["hf_assets_path"] = Path(config.hf_assets_path)
+    if config.checkpoint.initial_load_path and "://" not in config.checkpoint.initial_load_path:
+        needed["[checkpoint] initial_load_path"] = Path(config.checkpoint.initial_load_path)
+    for source in (config.dataloader, *getattr(config.dataloader, "sources", [])):
+        if path := getattr(source, "dataset_path", None):
+            needed["[dataloader] dataset_path"] = Path(path)
+    for place in places:
+        for what, path in needed.items():
+            if path.resolve().is_relative_to(place):
+                raise UserError(
+                    f"--overwrite would rename {place}, in which {what} ({path}) lies. Choose another --dump_folder.",
+                    table="",
+                    key="dump_folder",
+                )
+
+
+def _check_data(config, now: dict[str, Any], *, none: bool) -> list[str]:
+    """What ``--resume`` allows of changed data, in words.
+
+    Raises:
+        UserError: if the data are not those of the run in the folder.
+    """
+    from nitp_titan.run.data_facts import compare
+
+    folder = Path(config.dump_folder)
+    try:
+        before = json.loads((folder / _DATA).read_text(encoding="utf-8"))
+        found = compare(before, now, shuffle=getattr(config.dataloader, "shuffle", False))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if config.resume:
+            return [f"its {_DATA} is missing or damaged, so that its data are not compared"]
+        raise UserError(
+            f"{folder} holds a run without a readable {_DATA}, so that its data may be others. {_WAYS_OUT.capitalize()}, "
+            "or go on with the run all the same with --resume."
+        ) from None
+    begins_again = "dataloader" in config.checkpoint.exclude_from_loading
+    if found.other and not (config.resume and begins_again and not none):
+        way_out = "" if none else ", or let the new data begin: --resume --checkpoint.exclude_from_loading dataloader"
+        raise UserError(
+            f"{folder} holds a run on other data: {listed(found.other)}. Restore them, {_WAYS_OUT}{way_out}."
+        )
+    if found.allowed and (none or not config.resume):
+        way_out = "" if none else ", or go on all the same with --resume"
+        raise UserError(f"{folder} holds a run on other data: {listed(found.allowed)}. {_WAYS_OUT.capitalize()}{way_out}.")
+    return found.allowed + ([f"{listed(found.other)}: the data begin again"] if found.other else [])
+
+
+def _check_nothing_lost(config, checkpoints: Path) -> None:
+    """Raise UserError if a run without checkpoints cannot start again as if it had just begun."""
+    folder = Path(config.dump_folder)
+    # Those of the run, which are of no other recipe.
+    settings = (_read_resolved(folder) or {}).get("checkpoint", {})
+    logged = last_step(folder / _METRICS)
+    # While a step is written in the background, later ones are trained.
+    first = settings.get("interval", 0) * (1 if settings.get("async_mode") == "disabled" else 2)
+    had_one = (folder / _SAVED).exists() or any(start.get("from_step") for start in read_starts(folder))
+    if had_one or (settings.get("enable") and logged > first):
+        raise UserError(
+            f"{folder} holds a run that has logged step {logged} and had checkpoints, and {checkpoints} holds none. "
+            f"Bring them back, {_WAYS_OUT}."
+        )
+    if not settings.get("enable") and logged >= config.training.steps:
+        raise UserError(
+            f"{folder} holds a finished run of {logged} steps without checkpoints, which would start again. "
+            f"{_WAYS_OUT.capitalize()}."
+        )
 
 
 _WAYS_OUT = "choose another --dump_folder, or set the old run aside with --overwrite"
@@ -170,11 +335,14 @@ def _refusal(folder: Path, changed: dict | None, *, resume: bool, none: bool) ->
 
 
 def identity(tables: Tables) -> Tables:
-    """Of the settings of a run, those that say what is trained and on what data."""
+    """Of the settings of a run, those that say what is trained and on what data, which are known by content."""
     kept: Tables = {}
     for table, key, value in recipe.entries(tables):
         if recipe.is_recipe_key(table, key) or (table == "dataloader" and key not in _READING):
-            kept.setdefault(table, {})[key] = value
+            if key == "sources":
+                value = [{k: v for k, v in source.items() if k not in _BY_CONTENT} for source in value]
+            if key not in _BY_CONTENT:
+                kept.setdefault(table, {})[key] = value
     return kept
 
 
@@ -245,6 +413,12 @@ def set_aside(path: Path) -> Path:
         return path.rename(aside)
     except OSError as error:
         raise UserError(f"{path} cannot be renamed to {aside}: {error.strerror}.") from None
+
+
+def _free(path: Path) -> Path:
+    """The path, or ``<path>.1`` and so on if it is there already."""
+    names = chain([path], (path.with_name(f"{path.name}.{number}") for number in count(1)))
+    return next(other for other in names if not os.path.lexists(other))
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import os
 import resource
 import shutil
 import signal
@@ -194,7 +196,94 @@ def test_a_run_that_ended_with_safetensors_says_so(copy):
     last.mkdir()
     (last / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="step-5 is a Hugging Face model, .*last_save_in_hf = true: the run has ended"):
-        _config(copy).build()
+        _config(copy, training={"steps": 9}).build()
+
+
+def test_a_finished_run_that_is_started_again_says_that_nothing_is_left(copy, assets, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torchtitan.trainer.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    caplog.set_level(logging.INFO)
+    trainer = _config(copy, resume=False).build()
+    trainer.train()
+    trainer.close()
+    assert f"{copy}: the run has done its 3 steps, nothing is left to train" in caplog.text
+    assert "All 3 steps were done before: nothing was left to train." in caplog.messages
+    config = _config(tmp_path / "ended", checkpoint={"last_save_model_only": True}, resume=False)
+    trainer = config.build()
+    trainer.checkpointer.save(3, last_step=True)
+    trainer.close()
+    caplog.clear()
+    before = (tmp_path / "ended/starts.jsonl").read_text()
+    with pytest.raises(SystemExit) as ended:
+        config.build()
+    assert not ended.value.code and "the run has done its 3 steps, nothing is left to train" in caplog.text
+    assert (tmp_path / "ended/starts.jsonl").read_text() == before
+
+
+def test_another_way_from_an_earlier_step_keeps_its_own_checkpoints(copy):
+    trainer = _resumed(copy, checkpoint={"load_step": 2, "keep_latest_k": 2}, resume=False, training={"steps": 3})
+    assert trainer.step == 2
+    trainer.checkpointer.save_now(3)
+    trainer.close()
+    aside = copy / "checkpoint/set_aside/after_step_2"
+    assert list(complete_steps(copy / "checkpoint")) == [2, 3] and list(complete_steps(aside)) == [3]
+    assert [record["step"] for record in read_records(copy / "metrics.jsonl")] == [1, 2]
+    assert [record["step"] for record in read_records(aside / "metrics.jsonl")] == [3]
+    assert Checkpoint(copy).folder == copy / "checkpoint/step-3"
+    trainer = _resumed(copy, resume=False)
+    trainer.close()
+    assert trainer.start.from_step == 3
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_step_that_was_loaded_or_saved_is_not_written_again(copy, mode):
+    def written(step):
+        return (copy / f"checkpoint/step-{step}/.metadata").stat().st_mtime_ns
+
+    loaded = written(3)
+    trainer = _resumed(copy, checkpoint={"async_mode": mode}, training={"steps": 9})
+    # As after SIGTERM during the load.
+    trainer.checkpointer.save_now(3)
+    trainer.checkpointer.save(4)
+    saved = written(4) if mode == "disabled" else None
+    trainer.checkpointer.save_now(4)
+    saved = saved or written(4)
+    assert not trainer.checkpointer.save(4, last_step=True)
+    trainer.close()
+    assert (written(3), written(4)) == (loaded, saved)
+    assert json.loads((copy / "last_checkpoint.json").read_text()) == {"step": 4}
+
+
+def test_a_renamed_copy_of_a_checkpoint_is_neither_loaded_nor_deleted(copy):
+    for name in ("step-2-best", "step-9.old"):
+        shutil.copytree(copy / "checkpoint/step-2", copy / "checkpoint" / name)
+    trainer = _resumed(copy, checkpoint={"interval": 1, "keep_latest_k": 2}, training={"steps": 9})
+    assert trainer.step == 3
+    for step in (4, 5):
+        trainer.checkpointer.save(step)
+    trainer.close()
+    names = sorted(path.name for path in (copy / "checkpoint").iterdir())
+    assert names == ["step-2-best", "step-4", "step-5", "step-9.old"]
+
+
+def test_sigterm_without_checkpoints_says_that_nothing_is_saved(assets, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torchtitan.trainer.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    trainer = _config(tmp_path, checkpoint={"enable": False}, resume=False).build()
+    train_step = trainer.train_step
+
+    def stopped(batches):
+        train_step(batches)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "train_step", stopped)
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert caplog.messages[-1] == (
+        "Stopped by SIGTERM after step 1. Nothing was saved ([checkpoint] enable = false): the same command starts again "
+        "with step 1."
+    )
 
 
 def test_a_run_killed_between_a_checkpoint_and_its_validation_validates_again(assets, tmp_path, monkeypatch):

@@ -323,12 +323,11 @@ def test_a_run_from_tokens_has_the_losses_of_the_run_from_text(corpus, written, 
     assert len(losses[0]) == 2 and losses[0] == losses[1]
 
 
-def test_ranks_agree_on_a_folder_by_its_manifest(written, tmp_path):
+def test_a_folder_is_known_by_all_of_its_files(written, tmp_path):
     loader = TextDataLoader.Config(dataset="tokens", dataset_path=str(written[0]))
-    config = make_config(tmp_path, dataloader=loader)
-    facts = agreement.facts(config, find_start(config))
-    assert len(facts[f"hash of {written[0]}/manifest.json"]) == 12
-    assert not any(name.startswith(f"size of {written[0]}") for name in facts)
+    start = find_start(make_config(tmp_path, dataloader=loader))
+    known = {name for name in agreement.facts(start) if name.startswith(f"content of {written[0]}/")}
+    assert known == {f"content of {path}" for path in written[0].iterdir()}
 
 
 @pytest.fixture

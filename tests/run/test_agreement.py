@@ -11,9 +11,8 @@ from nitp_titan.run.run_folder import find_start
 
 
 @pytest.fixture
-def facts(assets, tmp_path):
-    config = make_config(tmp_path / "run", generated_data=False)
-    return agreement.facts(config, find_start(config))
+def start(assets, tmp_path):
+    return find_start(make_config(tmp_path / "run", generated_data=False))
 
 
 def test_ranks_that_read_another_recipe_or_run_other_code_end_in_seconds(torchrun, tmp_path):
@@ -35,22 +34,21 @@ def test_ranks_that_read_another_recipe_or_run_other_code_end_in_seconds(torchru
     assert not (tmp_path / "run/resolved.toml").exists() and not (tmp_path / "run/starts.jsonl").exists()
 
 
-def test_the_facts_are_settings_code_versions_tokenizer_data_and_the_checkpoint(facts, assets):
-    assert facts["[training] steps"] == 3 and facts["[nitp] weight"] == 1.0
+def test_the_facts_of_a_node_are_code_versions_tokenizer_data_and_the_checkpoint(start, assets, tmp_path):
+    facts = agreement.facts(start)
     assert facts["nitp_titan code"] == provenance.code_hash()[:12]
     assert facts["torchtitan"] == "0.3.0" and facts["python"].startswith("3.")
-    assert len(facts["hash of assets/stdlib/tokenizer.json"]) == 12
-    sizes = {name: size for name, size in facts.items() if name.startswith("size of ")}
-    for part in ("train", "validation"):
-        assert sizes[f"size of assets/stdlib/{part}.jsonl"] == (assets / f"{part}.jsonl").stat().st_size
+    for name in ("train.jsonl", "validation.jsonl", "tokenizer.json"):
+        size = (assets / name).stat().st_size
+        assert facts[f"content of assets/stdlib/{name}"].startswith(f"{size:,} bytes, hash ")
     assert facts["checkpoint to go on from"] is None and facts["--overwrite"] is False
+    settings = agreement.settings(make_config(tmp_path / "run", generated_data=False))
+    assert settings["[training] steps"] == 3 and settings["[nitp] weight"] == 1.0
 
 
-def test_a_rank_that_sees_another_checkpoint_differs(assets, tmp_path):
+def test_a_node_that_sees_another_checkpoint_differs(start):
     """As where the run folder is not on a disk that all nodes share."""
-    config = make_config(tmp_path / "run", checkpoint={"enable": True})
-    start = find_start(config)
-    first, mine = (agreement.facts(config, each) for each in (dataclasses.replace(start, from_step=20), start))
+    first, mine = (agreement.facts(each) for each in (dataclasses.replace(start, from_step=20), start))
     assert agreement.differences(first, mine) == "checkpoint to go on from = not set, rank 0 has 20"
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from nitp_titan import recipe, schema
 from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.run import provenance, run_folder
+from nitp_titan.run.data_facts import data_facts
 from nitp_titan.run.run_folder import find_start, read_starts, Start
 
 CHECKPOINT = {"checkpoint": {"enable": True}}
@@ -24,7 +26,8 @@ def config(assets, tmp_path):
     """The settings of a run in ``run``, with changes by section."""
 
     def make(*, folder="run", **sections):
-        return make_config(tmp_path / folder, **{**CHECKPOINT, **sections})
+        training = {"steps": 100, **sections.pop("training", {})}
+        return make_config(tmp_path / folder, **{**CHECKPOINT, **sections}, training=training)
 
     return make
 
@@ -34,6 +37,7 @@ def run(config, tmp_path):
     """A folder as a run of `config` leaves it, with checkpoints up to step 20; the last one is half-written."""
     folder = tmp_path / "run"
     recipe.write_resolved(config(), folder)
+    (folder / "data.json").write_text(json.dumps(data_facts(config())))
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     for step in (3, 20, 100):
         (folder / f"checkpoint/step-{step}").mkdir(parents=True)
@@ -74,7 +78,7 @@ def test_the_same_run_goes_on_with_another_layout_and_other_intervals(config, ru
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"training": {"steps": 200}}, "[training] steps: 3 -> 200. "),
+        ({"training": {"steps": 200}}, "[training] steps: 100 -> 200. "),
         ({"nitp": {"weight": 0.5}}, "[nitp] weight: 1.0 -> 0.5. "),
         ({"debug": {"seed": 7}}, "[debug] seed: 42 -> 7. "),
         ({"documents": "whole"}, "[dataloader] documents: 'packed' -> 'whole'. "),
@@ -106,9 +110,9 @@ def test_a_learning_rate_is_named_as_the_recipe_names_it(config, run):
 def test_resume_goes_on_with_changed_settings_from_a_checkpoint_only(config, run):
     start = find_start(config(training={"steps": 200}, resume=True))
     assert start.from_step == 20
-    assert start.message == f"{run}: the run goes on from step 20 with [training] steps: 3 -> 200"
+    assert start.message == f"{run}: the run goes on from step 20 with [training] steps: 100 -> 200"
     (run / "checkpoint").rename(run / "elsewhere")
-    with pytest.raises(UserError, match="steps: 3 -> 200; there is no checkpoint to resume from. Choose another"):
+    with pytest.raises(UserError, match="steps: 100 -> 200; there is no checkpoint to resume from. Choose another"):
         find_start(config(training={"steps": 200}, resume=True))
     assert find_start(config()).message == f"{run}: the run had no checkpoint yet and starts again"
 
@@ -197,7 +201,9 @@ def test_every_setting_of_the_data_but_how_they_are_read_identifies_a_run(config
     keys = {field.name for field in dataclasses.fields(TextDataLoader.Config) if not field.name.startswith("_")}
     tables = schema.to_tables(dataclasses.replace(config(), dataloader=TextDataLoader.Config()))
     kept = run_folder.identity(tables)["dataloader"]
-    assert keys - set(kept) == {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "streaming"}
+    reading = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
+    # Known by content and effect: tests/run/test_data_facts.py.
+    assert keys - set(kept) == reading | {"dataset_path", "streaming"}
 
 
 def test_each_start_is_one_line_and_no_setting_is_lost(config, run):
@@ -210,7 +216,7 @@ def test_each_start_is_one_line_and_no_setting_is_lost(config, run):
             stream.write('{"time": ')
     first, second, third = read_starts(run)
     assert first["changed"] == {}
-    assert second["changed"] == {"[training] local_batch_size": [4, 2], "[training] steps": [3, 200]}
+    assert second["changed"] == {"[training] local_batch_size": [4, 2], "[training] steps": [100, 200]}
     assert third["changed"] == {"[training] local_batch_size": [2, 4], "[training] steps": [200, 300]}
     assert first["recipe"] == run_folder.recipe_hash(schema.to_tables(settings[0])) != second["recipe"]
     assert third["code"] == provenance.code_hash() and third["from_step"] == 20 and third["hosts"] == ["here"]
@@ -276,3 +282,155 @@ def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
         other.kill()
     assert tmp_path.is_dir()
     Start(tmp_path).settle()
+
+
+def _steps(folder):
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+def test_an_earlier_step_is_gone_on_with_and_later_ones_are_set_aside(config, run, caplog):
+    for name, lines in {"metrics": [1, 3, 10, 20], "probe": [3, 20], "skipped": [2]}.items():
+        (run / f"{name}.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in lines))
+    before = _files(run)
+    other_way = config(checkpoint={"enable": True, "load_step": 3})
+    start = find_start(other_way)
+    assert (start.from_step, [path.name for path in start.later]) == (3, ["step-20"]) and _files(run) == before
+    start.settle()
+    place = run / "checkpoint/set_aside/after_step_3"
+    assert f"step 20 and later metrics are now in {place}" in caplog.text
+    assert _steps(place) == ["step-20"] and (place / "step-20/.metadata").exists()
+    assert [json.loads(line)["step"] for line in (place / "metrics.jsonl").read_text().splitlines()] == [10, 20]
+    assert (place / "probe.jsonl").exists() and not (place / "skipped.jsonl").exists()
+    # The next start goes on with the new way, whether it names the step or not.
+    (run / "checkpoint/step-7").mkdir()
+    (run / "checkpoint/step-7/.metadata").touch()
+    assert find_start(config()).from_step == 7 and find_start(config()).later == []
+    find_start(other_way).settle()
+    assert _steps(run / "checkpoint/set_aside/after_step_3.1") == ["step-7"]
+    assert find_start(config()).from_step == 3
+
+
+def test_a_kill_while_later_steps_are_set_aside_loses_nothing(config, run, monkeypatch):
+    for step in (30, 40):
+        shutil.copytree(run / "checkpoint/step-20", run / f"checkpoint/step-{step}")
+    other_way, rename, moved = config(checkpoint={"enable": True, "load_step": 3}), type(run).rename, []
+
+    def killed(path, target):
+        if len(moved) == 1:
+            raise KeyboardInterrupt
+        moved.append(rename(path, target))
+
+    monkeypatch.setattr(type(run), "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        find_start(other_way).settle()
+    monkeypatch.undo()
+    assert find_start(config()).from_step == 40
+    find_start(other_way).settle()
+    aside = run / "checkpoint/set_aside"
+    assert _steps(aside / "after_step_3") + _steps(aside / "after_step_3.1") == ["step-20", "step-30", "step-40"]
+    assert find_start(config()).from_step == 3
+
+
+def test_a_restarted_job_goes_on_with_the_way_that_it_has_taken(config, run, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    other_way = config(checkpoint={"enable": True, "load_step": 3})
+    start = find_start(other_way)
+    start.settle()
+    start.record(other_way)
+    (run / "checkpoint/step-9").mkdir()
+    (run / "checkpoint/step-9/.metadata").touch()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert (find_start(other_way).from_step, find_start(other_way).later) == (9, [])
+
+
+def _without_checkpoints(run):
+    shutil.rmtree(run / "checkpoint")
+
+
+@pytest.mark.parametrize("evidence", ["metrics", "a start", "a checkpoint was noted"])
+def test_a_run_whose_checkpoints_are_gone_is_refused(config, run, evidence):
+    _without_checkpoints(run)
+    if evidence == "metrics":
+        (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 90}\n')
+        recipe.write_resolved(config(checkpoint={"enable": True, "interval": 50}), run)
+    elif evidence == "a start":
+        (run / "starts.jsonl").write_text('{"from_step": 20}\n')
+    else:
+        find_start(config()).note_checkpoint(20)
+    before = _files(run)
+    message = f"{run} holds a run that has logged step .* and had checkpoints, and {run}/checkpoint holds none. Bring"
+    for resume in (False, True):
+        with pytest.raises(UserError, match=message):
+            find_start(config(resume=resume))
+    assert _files(run) == before and find_start(config(overwrite=True)).set_aside == [run]
+
+
+def test_a_finished_run_without_checkpoints_does_not_start_again(config, run):
+    _without_checkpoints(run)
+    plain = {"checkpoint": {"enable": False}}
+    recipe.write_resolved(config(**plain), run)
+    (run / "metrics.jsonl").write_text('{"step": 99}\n')
+    assert find_start(config(**plain)).message.endswith("the run had no checkpoint yet and starts again")
+    (run / "metrics.jsonl").write_text('{"step": 100}\n')
+    with pytest.raises(UserError, match="holds a finished run of 100 steps without checkpoints, .* with --overwrite"):
+        find_start(config(**plain))
+    assert find_start(config(**plain, overwrite=True)).set_aside == [run]
+
+
+def test_fewer_steps_than_done_are_refused_and_a_finished_run_says_so(config, run):
+    before = _files(run)
+    with pytest.raises(UserError, match=r"the run has done 20 steps, and \[training\] steps = 10\. Take more steps, or an"):
+        find_start(config(training={"steps": 10}, resume=True))
+    assert _files(run) == before
+    recipe.write_resolved(config(training={"steps": 20}), run)
+    assert find_start(config(training={"steps": 20})).message == f"{run}: the run has done its 20 steps, nothing is left to train"
+
+
+@pytest.mark.parametrize("place", [".", "..", "~", "/", "project", "assets"])
+def test_overwrite_renames_no_folder_that_more_lies_in(config, run, place, monkeypatch, assets):
+    monkeypatch.chdir(run)
+    places = {"~": os.path.expanduser("~"), "project": str(recipe.PROJECT), "assets": str(assets)}
+    settings = dataclasses.replace(config(overwrite=True), dump_folder=places.get(place, place))
+    settings = dataclasses.replace(settings, hf_assets_path=str(assets))
+    before = _files(run)
+    with pytest.raises(UserError, match="--overwrite would rename .*, in which .* lies. Choose another --dump_folder"):
+        find_start(settings)
+    assert _files(run) == before
+
+
+def test_overwrite_does_not_rename_the_checkpoint_that_it_starts_from(config, run):
+    checkpoint = {"enable": True, "initial_load_path": str(run / "checkpoint/step-20")}
+    with pytest.raises(UserError, match=r"in which \[checkpoint\] initial_load_path .* lies"):
+        find_start(config(checkpoint=checkpoint, overwrite=True))
+
+
+@pytest.mark.parametrize("name", ["metrics", "validation", "geometry", "probe", "skipped", "starts"])
+@pytest.mark.parametrize("damage", [b"no json\n", b"\n", b'{"loss": 1}\n', b"[1]\n", b"\xff\xfe\n", "folder"])
+def test_a_damaged_file_of_lines_is_set_aside_and_named(config, run, name, damage, caplog):
+    path, good = run / f"{name}.jsonl", b'{"step": 1, "x": NaN}\n'
+    if damage == "folder":
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    else:
+        path.write_bytes(good + damage + good + b'{"step": 2, "cut')
+    find_start(config()).settle()
+    if name == "starts" and damage == b'{"loss": 1}\n':
+        return
+    assert f"{path} was damaged; the damaged part is now {path}.damaged" in caplog.text
+    if damage == "folder":
+        assert not path.exists() and (run / f"{name}.jsonl.damaged").is_dir()
+    else:
+        assert path.read_bytes() == 2 * good and (run / f"{name}.jsonl.damaged").read_bytes() == damage
+        path.write_bytes(damage)
+        find_start(config()).settle()
+        assert (run / f"{name}.jsonl.damaged.1").read_bytes() == damage
+
+
+def test_a_run_in_weights_and_biases_is_the_same_at_every_start_but_not_on_another_way(config, run, monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    first = find_start(config())
+    first.record(config())
+    assert first.wandb_id and find_start(config()).wandb_id == first.wandb_id
+    assert find_start(config(checkpoint={"enable": True, "load_step": 3})).wandb_id != first.wandb_id
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert find_start(config()).wandb_id == "mine"
