@@ -49,7 +49,7 @@ class ProbingValidator(Validator):
         be finite."""
 
         def __post_init__(self) -> None:
-            Validator.Config.__post_init__(self)
+            # Not TorchTitan's, which asserts of `steps` what `ranges` says in one line, for flags too.
             if self.enable and self.steps == -1 and getattr(self.dataloader, "infinite", False):
                 raise UserError(
                     f"[{TABLE}] infinite = true, but [validator] steps = -1 validates all the data, which must end.",

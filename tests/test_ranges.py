@@ -68,6 +68,7 @@ def test_every_setting_with_a_range_exists(tmp_path):
             {"param_groups": [ParamGroupConfig(pattern=".*", optimizer_name="DistMuon")]},
             r"\[optimizer\] optimizer_name = 'DistMuon', but it must be one of 'AdamW', 'Adam'\.",
         ),
+        ("validator", {"steps": 0}, r"\[validator\] steps = 0, but it must be at least 1, or -1"),
         ("comm", {"train_timeout_seconds": 0}, r"\[comm\] train_timeout_seconds = 0, but it must be at least 1"),
         ("checkpoint", {"exclude_from_loading": ["optimiser"]}, r"Did you mean 'optimizer'\?"),
     ],
