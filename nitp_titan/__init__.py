@@ -4,6 +4,17 @@ The package imports nothing by itself, so that reading recipes stays fast.
 """
 
 import os
+import sys
+from importlib.util import find_spec
+
+# Both would be tracebacks of a module that nobody has heard of.
+if sys.platform != "linux":
+    raise SystemExit(f"error: nitp-titan runs on Linux only (fcntl, sched_getaffinity, /proc); this is {sys.platform}.")
+if find_spec("torchtitan") is None:
+    raise SystemExit(
+        f"error: {sys.executable} has no TorchTitan. Activate the environment: `source .venv/bin/activate` in the "
+        "project's folder; ./scripts/quickstart.sh makes it."
+    )
 
 # Threads that wait for each other sleep. OpenMP's spin by default, and where anything else runs on the machine they spin on
 # the core that their partner waits for: training on a CPU is then six times slower. OpenMP reads this when torch is loaded;

@@ -111,6 +111,9 @@ def pairs(name: str | None, train_config: str | None) -> list[tuple[Path, Path]]
         UserError: if no train config is meant for the recipe, or a file does not exist.
     """
     names = recipe.available("recipes") if name is None else [name]
+    if train_config is not None:
+        # Before anything heavy is imported.
+        recipe.read_toml(recipe.find(train_config, "train_configs"))
     found = []
     for each in names:
         path = recipe.find(each, "recipes")

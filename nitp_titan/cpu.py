@@ -28,6 +28,7 @@ from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.protocols.model_spec import ModelSpec
 
+from nitp_titan import quiet
 from nitp_titan.config import UserError
 from nitp_titan.threads import num_threads
 
@@ -97,6 +98,7 @@ def install() -> None:
     """
     if not active():
         return
+    quiet.install_on_cpu()
     module = _CPUModule()
     for name, loaded in list(sys.modules.items()):
         if name.startswith("torchtitan"):

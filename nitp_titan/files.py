@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from nitp_titan.errors import at
+
 # A file up to this size is hashed whole, a larger one at its two ends: data files may have terabytes in all.
 _WHOLE_BYTES = 8 << 20
 _END_BYTES = 256 << 10
@@ -12,8 +14,13 @@ _END_BYTES = 256 << 10
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is there wholly or, if the process ends meanwhile, as it was before."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        with at(path):
+            draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from nitp_titan.files import write_atomically
 from nitp_titan.run import run_folder
 
 _STAMP = "arm.json"
+# Every thread's.
+_running: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Arm:
 
     def command(self) -> list[str]:
         paths = (os.path.relpath(path) for path in (self.recipe, self.train_config))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+        launcher = [sys.executable, "-m", "nitp_titan.torchrun", "--standalone", "--nproc_per_node", "1"]
         arguments = [part for pair in zip(("--recipe", "--train-config"), paths) for part in pair]
         return [*launcher, "-m", "nitp_titan.train", *arguments, "--dump_folder", str(self.folder), *self.flags]
 
@@ -60,6 +63,7 @@ class Arm:
 
         Raises:
             UserError: if the folder holds something else, or training fails, with the reason.
+            KeyboardInterrupt: once training has saved.
         """
         found, wanted = self._stamp(), self.fingerprint()
         if found == {"fingerprint": wanted, "finished": True}:
@@ -74,11 +78,21 @@ class Arm:
         started = time.monotonic()
         with (self.folder / "log.txt").open("a") as log:
             process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for line in process.stdout:
-                log.write(line)
-                _, found_step, rest = line.partition(" - step ")
-                if found_step:
-                    say(f"step {rest.rstrip()}")
+            _running.add(process)
+            try:
+                for line in process.stdout:
+                    log.write(line)
+                    _, found_step, rest = line.partition(" - step ")
+                    if found_step:
+                        say(f"step {rest.rstrip()}")
+            except KeyboardInterrupt:
+                say("is told to save and stop")
+                stop_all()
+                log.writelines(process.stdout)
+                process.wait()
+                raise
+            finally:
+                _running.discard(process)
         if process.wait() != 0:
             raise UserError(self._reason())
         self._write_stamp(wanted, finished=True)
@@ -95,3 +109,9 @@ class Arm:
         lines = (self.folder / "log.txt").read_text().splitlines()
         reasons = [line for line in lines if line.startswith("error: ")] or lines[-15:]
         return "\n".join(reasons) + f"\ntraining of {self.name} failed; the whole log is {self.folder}/log.txt"
+
+
+def stop_all() -> None:
+    """Tell every training run of this process to save and stop, as Ctrl-C does; a run that has heard it goes on so."""
+    for process in list(_running):
+        process.send_signal(signal.SIGINT)

@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from nitp_titan.errors import at
 from nitp_titan.files import write_atomically
 
 
@@ -32,8 +33,9 @@ class MetricsFile:
     def append(self, record: dict[str, float]) -> None:
         if self._stream is None:
             self._open("w")
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
+        with at(self.path):
+            self._stream.write(json.dumps(record) + "\n")
+            self._stream.flush()
 
     def close(self) -> None:
         if self._stream is not None:

@@ -266,11 +266,23 @@ def find(name: str, folder: str) -> Path:
         # A link that leads nowhere is there: the project's file would not be the one that is meant.
         return path if os.path.lexists(path) or not (PROJECT / path).exists() else PROJECT / path
     relative = Path(folder) / f"{name}.toml"
-    return relative if relative.exists() else PROJECT / relative
+    if relative.exists():
+        return relative
+    _check_folder(folder)
+    return PROJECT / relative
+
+
+def _check_folder(folder: str) -> None:
+    if not (PROJECT / folder).is_dir():
+        raise UserError(
+            f"{PROJECT} has no folder {folder}: nitp-titan was installed without its project, which holds them. "
+            "Install it with `pip install --editable .`, start in the project's folder, or name a .toml file."
+        )
 
 
 def available(folder: str) -> list[str]:
     """Short names of the project's recipes or train configs."""
+    _check_folder(folder)
     root = PROJECT / folder
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.toml"))
 

@@ -49,7 +49,7 @@ from nitp_titan.optimizer_states import create_states, leave_out
 from nitp_titan.overrides import overridden
 from nitp_titan.ranges import check_ranges
 from nitp_titan.run import agreement, credentials, run_folder
-from nitp_titan.run.preflight import check_run
+from nitp_titan.run.preflight import check_run, open_log
 from nitp_titan.run.restarts import use_fresh_store
 from nitp_titan.run.stopping import ends_with_others, STOPPED, StopSignal
 from nitp_titan.validator import ProbingValidator
@@ -129,6 +129,7 @@ class NITPTrainer(Trainer):
         use_fresh_store()
         parallel_dims = super().init_distributed()
         self._agree()
+        open_log()
         return parallel_dims
 
     def _agree(self) -> None:

@@ -18,8 +18,10 @@ import os
 import warnings
 from pathlib import Path
 
-from nitp_titan import recipe
-from nitp_titan.config import exit_with, nearest, UserError
+import _checkout  # noqa: F401
+
+from nitp_titan import errors, recipe
+from nitp_titan.errors import nearest, UserError
 
 PARTS = ("measured", "full_size", "growth")
 
@@ -66,7 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    errors.run(main, kept="the parts that were finished are kept; --only gives the others.")

@@ -19,10 +19,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
 from nitp_titan.chaos.campaign import Campaign, Settings
 from nitp_titan.chaos.moments import MOMENTS
 from nitp_titan.chaos.trials import by_moment, table
-from nitp_titan.config import exit_with, UserError
+from nitp_titan.errors import UserError
 
 
 def main() -> None:
@@ -77,9 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; what was started is ended")
+    errors.run(main, kept="what was started is ended.")

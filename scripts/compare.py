@@ -11,7 +11,10 @@ compared as far as they are.
 import argparse
 from pathlib import Path
 
-from nitp_titan.config import exit_with, UserError
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
+from nitp_titan.errors import UserError
 from nitp_titan.report.page import markdown_table, Report
 from nitp_titan.report.runs import read_arms
 
@@ -37,7 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    errors.run(main, kept="nothing was written, or not all of it; the same command starts again.")

@@ -6,7 +6,9 @@ python scripts/download_assets.py qwen2 [owner/name ...] [--out assets]
 import argparse
 from pathlib import Path
 
-from nitp_titan.config import exit_with, UserError
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
 from nitp_titan.hub import describe, download_tokenizer, TOKENIZERS
 
 
@@ -21,14 +23,11 @@ def main() -> None:
     if arguments.list:
         for name, repo in TOKENIZERS.items():
             print(f"{name:8} {repo}")
-    try:
-        for name in arguments.names:
-            result = download_tokenizer(name, arguments.out)
-            state = "wrote" if result["new"] else "already there:"
-            print(f"{state} {result['folder']}  {describe(result['folder'])}, from {result['repository']}")
-    except UserError as error:
-        exit_with(error)
+    for name in arguments.names:
+        result = download_tokenizer(name, arguments.out)
+        state = "wrote" if result["new"] else "already there:"
+        print(f"{state} {result['folder']}  {describe(result['folder'])}, from {result['repository']}")
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main, kept="finished tokenizers are kept; the same command goes on.")

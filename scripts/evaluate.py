@@ -10,14 +10,13 @@ paper, quick and mteb load data from the Hugging Face hub (token: HF_TOKEN); loc
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-# First of all: it decides how OpenMP's threads wait, before torch loads them.
-import nitp_titan  # noqa: F401  isort: skip
+import _checkout  # noqa: F401
 import torch
 
-from nitp_titan.config import exit_with, nearest, UserError
+from nitp_titan import errors
+from nitp_titan.errors import nearest, UserError
 from nitp_titan.evaluation import embeddings, harness, perplexity
 from nitp_titan.evaluation.local_suite import DEFAULT_FOLDER
 from nitp_titan.evaluation.plan import Plan
@@ -101,9 +100,4 @@ def _plan(arguments: argparse.Namespace, models: list) -> Plan:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on, and keeps the tasks that are finished")
+    errors.run(main, kept="finished tasks are kept; the same command goes on.")

@@ -11,7 +11,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from nitp_titan.config import exit_with, UserError
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
 from nitp_titan.pretrained import DTYPES
 
 
@@ -43,7 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    errors.run(main, kept="nothing was written; the same command starts again.")

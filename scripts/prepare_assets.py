@@ -6,6 +6,9 @@ python scripts/prepare_assets.py [--out assets/stdlib] [--vocab-size 4096]
 import argparse
 from pathlib import Path
 
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
 from nitp_titan.assets import prepare_stdlib_assets, VOCAB_SIZE
 
 
@@ -25,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main, kept="nothing was written; the same command starts again.")

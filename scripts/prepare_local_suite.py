@@ -7,7 +7,10 @@ python scripts/prepare_local_suite.py --text my.jsonl --out assets/my_suite   # 
 import argparse
 from pathlib import Path
 
-from nitp_titan.config import exit_with, UserError
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation.local_suite import DEFAULT_FOLDER, DEFAULT_TEXT, prepare
 
 
@@ -25,7 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    errors.run(main, kept="nothing was written; the same command starts again.")

@@ -12,7 +12,9 @@ same documents, as many as hold --tokens tokens of the first model.
 import argparse
 from pathlib import Path
 
-from nitp_titan.config import exit_with, UserError
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
 from nitp_titan.pretrained import read_models
 from nitp_titan.probe import check, probe, say, Settings
 from nitp_titan.report.folder import check_writable
@@ -53,7 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    errors.run(main, kept="nothing was written; the same command starts again.")

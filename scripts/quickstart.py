@@ -3,12 +3,19 @@
 import argparse
 from pathlib import Path
 
-from nitp_titan import recipe
+import _checkout  # noqa: F401
+
+from nitp_titan import errors, recipe
 from nitp_titan.assets import prepare_stdlib_assets
-from nitp_titan.config import exit_with, UserError
 from nitp_titan.launch import Arm
 from nitp_titan.report.page import markdown_table, Report
 from nitp_titan.report.runs import read_arms
+
+NEXT = """
+next    source .venv/bin/activate     # every other command needs it
+        python scripts/recipe.py list
+        torchrun --nproc_per_node 1 -m nitp_titan.train --recipe debug/nitp_debug
+        python scripts/export_hf.py --checkpoint outputs/quickstart/nitp --out outputs/hf/nitp"""
 
 ARMS = {"ntp": "debug/ntp_debug", "nitp": "debug/nitp_debug"}
 
@@ -46,10 +53,8 @@ def main() -> None:
     report.write(folder)
     print("\n" + markdown_table(report) + "\n\n" + "\n".join(report.sentences()))
     print(f"\nruns    {arguments.out}/ntp  {arguments.out}/nitp\nreport  {folder}/index.html  {folder}/report.md")
+    print(NEXT)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    errors.run(main, kept="runs keep what they have saved; the same command goes on.")

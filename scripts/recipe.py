@@ -15,10 +15,10 @@ import dataclasses
 import json
 import sys
 
+import _checkout  # noqa: F401
 import tomli_w
 
-from nitp_titan import catalog, recipe
-from nitp_titan.config import exit_with, UserError
+from nitp_titan import catalog, errors, recipe
 
 
 def list_recipes(arguments: argparse.Namespace) -> None:
@@ -104,11 +104,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = _parser().parse_args()
-    try:
-        arguments.run(arguments)
-    except UserError as error:
-        exit_with(error)
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main, kept="nothing was written.")

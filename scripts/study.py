@@ -1,7 +1,7 @@
 """Which of the paper's mechanisms show on a small model? Train recipes/study/ with several seeds and print the table.
 
-python scripts/study.py                     # 40 minutes to an hour on 2 cores; goes on where it stopped
-python scripts/study.py --all               # with longer training and a larger vocabulary, two to three hours
+python scripts/study.py                     # about an hour on 2 quiet cores; goes on where it stopped
+python scripts/study.py --all               # with longer training and a larger vocabulary: some hours
 python scripts/study.py --arm ntp --arm nitp --seed 1
 python scripts/study.py --report            # the table of what is there already
 """
@@ -14,10 +14,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nitp_titan import recipe
+import _checkout  # noqa: F401
+
+from nitp_titan import errors, recipe
 from nitp_titan.assets import prepare_stdlib_assets
-from nitp_titan.config import exit_with, nearest, UserError
-from nitp_titan.launch import Arm
+from nitp_titan.errors import nearest, UserError
+from nitp_titan.launch import Arm, stop_all
 from nitp_titan.metrics import time_left
 from nitp_titan.report.study import mechanisms_table, read_study
 
@@ -105,12 +107,15 @@ def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
         progress.finished(trained=not finished)
 
     with ThreadPoolExecutor(parallel, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
-        for done in [pool.submit(run, arm) for arm in arms]:
-            done.result()
+        try:
+            for done in [pool.submit(run, arm) for arm in arms]:
+                done.result()
+        except BaseException:
+            # Otherwise those that wait would still be trained.
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
+            raise
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
+    errors.run(main, kept="runs keep what they have saved; the same command goes on.")

@@ -12,11 +12,13 @@ was ended, the same one goes on, and keeps the shards that are finished.
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
-from nitp_titan.config import exit_with, UserError
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
 from nitp_titan.data.mixtures import TextSource
+from nitp_titan.errors import UserError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,9 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on, and keeps the shards that are finished")
+    errors.run(main, kept="finished shards are kept; the same command goes on.")

@@ -24,6 +24,11 @@ def pytest_configure(config):
     if config.option.markexpr != "gpu":
         # The other tests are about the CPU, on a machine with a GPU too.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu: these tests need a GPU, and torch finds none here.")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """The two entry points under torchrun, the command line and the quickstart."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from nitp_titan.config import NITPConfig
 from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
 from nitp_titan.recipe import PROJECT
@@ -83,6 +85,11 @@ def test_both_entry_points_give_identical_losses(both):
         assert [record[key] for record in ours] == [record[key] for record in stock], key
 
 
+def test_a_run_on_one_cpu_warns_of_nothing(both):
+    warned = [line for line in (both / "said.txt").read_text().splitlines() if re.search("warn|^W1", line, re.I)]
+    assert warned == []
+
+
 def test_flags_reach_the_run_and_its_resolved_recipe(both):
     resolved = json.loads((both / "ours/resolved.json").read_text())
     assert resolved["nitp"]["weight"] == 0.8 and resolved["training"]["steps"] == 2
@@ -97,6 +104,8 @@ def test_the_optimizer_flags_have_the_names_of_the_recipe():
     )
     flag = "--optimizer.param-groups.0.optimizer-kwargs."
     assert arguments == ["--module", "nitp_titan", "--config", "a@b", f"{flag}lr", "1e-4", f"{flag}weight_decay=0"]
+    hyphen = titan_arguments(["--recipe", "a", "--optimizer.weight-decay", "0.2", "--optimizer.implementation=fused"])
+    assert hyphen[4:] == [f"{flag}weight_decay", "0.2", "--optimizer.implementation=fused"]
 
 
 def test_an_optimizer_flag_is_refused_where_several_groups_have_the_setting(tmp_path):
@@ -126,18 +135,23 @@ def outside_torchrun(monkeypatch):
     monkeypatch.delenv("RANK")
 
 
-def test_help_lists_our_settings(outside_torchrun):
+def test_the_first_screen_of_help_is_enough_to_start_and_names_the_rest(outside_torchrun):
     done = _start("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    shown = done.stdout
+    assert shown.startswith("usage: torchrun --nproc_per_node N -m nitp_titan.train --recipe R")
+    assert len(shown.splitlines()) < 50 and max(map(len, shown.splitlines())) <= 120
+    for field in dataclasses.fields(NITPConfig):
+        assert f"--nitp.{field.name} " in shown or f"--nitp.no-{field.name} " in shown, field.name
+    for text in ("--training.steps", "--resume", "--overwrite", "--help-all", "Weight lambda of the NITP loss"):
+        assert text in shown, text
+    assert shown.index("--nitp.weight") < shown.index("--training.steps")
+
+
+def test_all_flags_are_listed_on_demand(outside_torchrun):
+    done = _start("--help-all")
     assert done.returncode == 0
-    for text in (
-        "torchrun --nproc_per_node N",
-        "--nitp.weight",
-        "--nitp.target-layer",
-        "--nitp.stop-gradient",
-        "--float8.enable",
-        "--training.steps",
-        "Weight lambda of the NITP loss",
-    ):
+    for text in ("--nitp.target-layer", "--nitp.stop-gradient", "--float8.enable", "Weight lambda of the NITP loss"):
         assert text in done.stdout, text
 
 

@@ -114,8 +114,10 @@ def test_who_lost_a_neighbour_is_told_from_who_fails():
 
 
 COMMAND = """
-import os, signal, sys
+import os, resource, signal, sys
+from pathlib import Path
 from nitp_titan import errors
+from nitp_titan.files import write_atomically
 
 def main():
     if sys.argv[1] == "pipe":
@@ -126,6 +128,9 @@ def main():
     if sys.argv[1] == "disk":
         sys.stdout = open("/dev/full", "w")
         print("x" * 100)
+    if sys.argv[1] == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+        write_atomically(Path(sys.argv[2]) / "scores.json", "x" * 100)
     if sys.argv[1] == "bug":
         raise KeyError("x")
 
@@ -140,18 +145,25 @@ errors.run(main, kept="finished tasks; the same command goes on", place="outputs
         ("pipe", 141, ""),
         ("interrupt", 130, "interrupted: finished tasks; the same command goes on\n"),
         ("disk", 1, "error: outputs cannot be used: the disk is full.\n"),
+        (
+            "limit",
+            1,
+            "error: {}/scores.json cannot be used: the file is larger than this file system or "
+            "`ulimit -f` allows.\n",
+        ),
         ("bug", 1, "KeyError: 'x'\n"),
     ],
 )
-def test_a_command_ends_with_one_line_and_its_status(end, status, said):
-    command = [sys.executable, "-c", COMMAND, end]
+def test_a_command_ends_with_one_line_and_its_status(tmp_path, end, status, said):
+    command = [sys.executable, "-c", COMMAND, end, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT) as process:
         if end == "pipe":
             process.stdout.readline()
             process.stdout.close()
         written = process.stderr.read()
-        assert written == said or (end == "bug" and written.endswith(said)), written
+        assert written == said.format(tmp_path) or (end == "bug" and written.endswith(said)), written
         assert process.wait() == status
+    assert list(tmp_path.iterdir()) == [], "nothing is left half-written"
 
 
 RANK = """
@@ -171,6 +183,6 @@ def test_the_first_rank_of_a_node_says_why_and_torchrun_is_told_of_all(tmp_path)
         return done.stderr, json.loads(file.read_text())
 
     said, told = zip(*(end(rank, reason) for rank, reason in ((1, "bad"), (0, "bad"), (2, "lost"))))
-    assert said == ("error: bad\n", "", "rank 2 ends: another rank of this run has ended.\n")
+    assert said == ("error: bad\n", "", "rank 2 ends, because another rank of this run has ended.\n")
     assert [entry["message"] for entry in told[:2]] == ["error: bad"] * 2
     assert told[2]["timestamp"] > told[1]["timestamp"], "torchrun takes the earliest for the reason"

@@ -1,5 +1,8 @@
 import json
 
+import pytest
+
+from nitp_titan.errors import surroundings
 from nitp_titan.metrics_file import MetricsFile, read_records
 
 
@@ -42,3 +45,11 @@ def test_a_resume_without_a_file_starts_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     _write(path, [8], resume=7)
     assert [record["step"] for record in read_records(path)] == [8]
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError) as error:
+        file.append({"step": 1})
+    assert str(surroundings(error.value)) == f"{tmp_path}/metrics.jsonl cannot be used: the disk is full."

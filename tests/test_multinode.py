@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from nitp_titan.metrics_file import read_records
 from nitp_titan.recipe import PROJECT
 from nitp_titan.run.run_folder import read_starts
@@ -18,6 +20,22 @@ while [[ $1 == --* ]]; do shift; done
 wait $first; status=$?
 wait $second && exit $status
 """
+
+
+REQUEUE = "#!/bin/sh\n[ $1 = requeue ] && echo $2 >> $REQUEUED || echo localhost\n"
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (1, False), (0, False)])
+def test_a_job_that_has_saved_and_stopped_is_requeued_and_no_other(tmp_path, status, requeued):
+    for name, text in {"scontrol": REQUEUE, "srun": f"#!/bin/sh\nexit {status}\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REQUEUED": str(tmp_path / "requeued")}
+    environment |= {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "one", "SLURM_NNODES": "1"}
+    done = subprocess.run(["bash", "scripts/multinode.slurm"], env=environment, cwd=PROJECT)
+    assert done.returncode == status
+    assert (tmp_path / "requeued").exists() is requeued
+    assert not requeued or (tmp_path / "requeued").read_text() == "17\n"
 
 
 def test_two_nodes_train_one_run_together(assets, tmp_path):
@@ -52,5 +70,4 @@ def test_two_nodes_train_one_run_together(assets, tmp_path):
     (start,) = read_starts(tmp_path / "run")
     assert (start["world_size"], start["hosts"], start["job"]) == (2, [socket.gethostname()], str(os.getpid()))
     assert (tmp_path / "run.1/metrics.jsonl").read_text() == "of another run\n"
-    # TorchTitan had begun them before the folder was set aside.
     assert len(list((tmp_path / "run/structured_logs").iterdir())) == 2 and (tmp_path / "run/comm_traces").is_dir()

@@ -19,6 +19,7 @@ OURS = {"nitp_titan", "safetensors", "tomli", "tomli_w"}
 
 COMMAND = """
 import json, runpy, sys, time
+sys.path.insert(0, "scripts")
 runpy.run_path("scripts/recipe.py", run_name="__main__")
 packages = {name.split(".")[0] for name in sys.modules}
 print(json.dumps({"seconds": time.process_time(), "packages": sorted(packages)}))
@@ -57,6 +58,22 @@ def _run(code, *arguments):
 )
 def test_looking_at_recipes_takes_less_than_a_second_and_imports_nothing_heavy(project_folder, arguments):
     done = _run(COMMAND, *arguments)
+    assert not HEAVY & set(done["packages"])
+    assert done["seconds"] < 1
+
+
+HELP = """
+import json, sys, time
+from nitp_titan import train
+sys.argv[1:] = ["--help"]
+train.main()
+packages = {name.split(".")[0] for name in sys.modules}
+print(json.dumps({"seconds": time.process_time(), "packages": sorted(packages)}))
+"""
+
+
+def test_the_help_of_training_takes_less_than_a_second_and_imports_nothing_heavy(project_folder):
+    done = _run(HELP)
     assert not HEAVY & set(done["packages"])
     assert done["seconds"] < 1
 

@@ -39,7 +39,12 @@ class NITPCheckpointManager(CheckpointManager):
             if self.initial_load_path and not is_remote(self.initial_load_path):
                 # TorchTitan takes absolute paths only.
                 self.initial_load_path = os.path.abspath(self.initial_load_path.strip())
+            model_only = self.initial_load_model_only
+            if not self.initial_load_path and not self.initial_load_in_hf:
+                # TorchTitan's default, of which it warns.
+                self.initial_load_model_only = False
             CheckpointManager.Config.__post_init__(self)
+            self.initial_load_model_only = model_only
 
     def __init__(self, config: Config, **kwargs: Any):
         super().__init__(config, **kwargs)

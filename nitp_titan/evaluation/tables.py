@@ -204,4 +204,4 @@ def _form(line: Line) -> str:
 def _number(line: Line, value: float, stderr: float | None, sign: str) -> str:
     factor, form = (1, _form(line)) if line.row.metric in _RAW else (100, ".2f")
     error = "" if stderr is None else f" ± {factor * stderr:{form}}"
-    return f"{factor * value:{sign}{form}}{error}"
+    return f"{factor * value:{sign}z{form}}{error}"

@@ -20,8 +20,9 @@ _CITATION = """\
 _USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+folder = "."  # this folder, or where the model is on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
 print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=32)[0]))"""
 
 
@@ -50,7 +51,7 @@ def model_card(checkpoint: Checkpoint, config, architecture: str) -> str:
             f"nitp-titan and taken at step {checkpoint.step:,} of {config.training.steps:,}.{projector}",
             "",
             "```python",
-            _USE.format(name=name),
+            _USE,
             "```",
             "",
             "## Training",

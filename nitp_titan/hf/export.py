@@ -116,7 +116,7 @@ class Export:
                 filename_pattern="model{suffix}.safetensors",
                 max_shard_size=max_shard_size,
             )
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(
                 f"--max-shard-size = '{max_shard_size}', but it must be a size such as 500MB or 5GB."
             ) from None

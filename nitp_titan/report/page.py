@@ -82,8 +82,8 @@ class Report:
         if not values:
             return "-"
         spread = (max(values) - min(values)) / 2
-        plus_minus = f" ± {spread:{figure.form}}" if len(values) > 1 else ""
-        return f"{fmean(values):{figure.form}}{plus_minus}"
+        plus_minus = f" ± {spread:z{figure.form}}" if len(values) > 1 else ""
+        return f"{fmean(values):z{figure.form}}{plus_minus}"
 
     def difference_table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the differences to the baseline, one per figure and arm."""
@@ -102,12 +102,12 @@ class Report:
 
     @staticmethod
     def _difference_cells(found: Difference, form: str) -> list[str]:
-        interval = "-" if found.interval is None else f"{found.interval[0]:+{form}} to {found.interval[1]:+{form}}"
+        interval = "-" if found.interval is None else f"{found.interval[0]:+z{form}} to {found.interval[1]:+z{form}}"
         if found.interval is None:
             verdict = "may be chance"
         else:
             verdict = "show a difference" if found.shown else "show no difference"
-        return [f"{found.value:+{form}}", interval, str(found.pairs), verdict]
+        return [f"{found.value:+z{form}}", interval, str(found.pairs), verdict]
 
     def sentences(self) -> list[str]:
         """What the data show and what they do not: a plain sentence per arm, then the phases of the NITP loss."""
@@ -128,8 +128,8 @@ class Report:
         pairs = max(one.pairs for one in found.values())
         head = f"{arm.name} against {self.baseline.name}"
         values = {
-            figure: f"{figure.name} {one.value:+{figure.form}}"
-            + (f" ({one.interval[0]:+{figure.form}} to {one.interval[1]:+{figure.form}})" if one.interval else "")
+            figure: f"{figure.name} {one.value:+z{figure.form}}"
+            + (f" ({one.interval[0]:+z{figure.form}} to {one.interval[1]:+z{figure.form}})" if one.interval else "")
             + f" at step {self.at(figure)}"
             for figure, one in found.items()
         }

@@ -65,8 +65,8 @@ def _cells(models: Sequence[dict[str, Any]], state: str, row: str) -> list[str]:
     values = [of(figures) if (figures := model["states"].get(state)) else None for model in models]
     first = values[0]
     differences = [None if None in (value, first) else value - first for value in values[1:]]
-    cells = ["-" if value is None else f"{value:{form}}" for value in values]
-    return cells + ["-" if value is None else f"{value:+{form}}" for value in differences]
+    cells = ["-" if value is None else f"{value:z{form}}" for value in values]
+    return cells + ["-" if value is None else f"{value:+z{form}}" for value in differences]
 
 
 def drawings(result: dict[str, Any]) -> list[Drawing]:

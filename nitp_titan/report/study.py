@@ -176,9 +176,10 @@ def _row(mechanism: Mechanism, arms: dict[str, Arm]) -> list[str] | None:
         return None
     interval = bootstrap_interval(changes)
     if mechanism.baseline is not None:
-        shown = f"{fmean(changes):+{form}}" + (f" ({interval[0]:+{form}} to {interval[1]:+{form}})" if interval else "")
-        reference = [f"{fmean([theirs for _, theirs in pairs]):{form}}", shown]
-    value = f"{fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+        spread = f" ({interval[0]:+z{form}} to {interval[1]:+z{form}})" if interval else ""
+        shown = f"{fmean(changes):+z{form}}{spread}"
+        reference = [f"{fmean([theirs for _, theirs in pairs]):z{form}}", shown]
+    value = f"{fmean(values):z{form}} ({min(values):z{form}} to {max(values):z{form}})"
     names = f"{mechanism.arm}" + (f" against {mechanism.baseline}" if mechanism.baseline else "")
     return [mechanism.claim, mechanism.figure, names, value, *reference, str(len(values)), _seen(mechanism, interval)]
 

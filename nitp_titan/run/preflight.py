@@ -1,9 +1,12 @@
 """What can be known before anything is built: the tokenizer, the run folder and the room on its disk."""
 
+import logging
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from torchtitan.observability.structured_logger import structured_logging
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.filesystem import is_remote
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import surroundings, UserError
 
 # TorchTitan asks this variable for what begins its log.
 _LOG_FACTORY = "TITAN_STRUCT_LOGGER_HANDLERS"
@@ -72,17 +75,46 @@ def _existing(path: str) -> Path:
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
-def begin_log(*, output_dir: str, **options) -> None:
-    """TorchTitan's structured log, in a run folder that can be written.
+class _Kept(logging.Handler):
+    """Keeps records until the run folder is this run's: a start that is refused leaves nothing behind."""
 
-    It is begun before a trainer is built, and so before any other check of the folder.
+    def __init__(self, **options):
+        super().__init__()
+        self.options, self.records = options, []
 
-    Raises:
-        UserError: if the folder cannot be written.
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def begin_log(*, structured_logger: logging.Logger, **options) -> None:
+    """TorchTitan's structured log, which it begins before it builds a trainer; `open_log` writes it."""
+    structured_logger.addHandler(_Kept(structured_logger=structured_logger, **options))
+
+
+def open_log() -> None:
+    """Write the structured log from now on, and what it has kept so far.
+
+    A record that cannot be written ends training as a checkpoint does that cannot be written; by itself `logging` would
+    print a traceback for each.
     """
-    check_writable(output_dir)
-    module, _, factory = structured_logging._DEFAULT_HANDLER_FACTORY.rpartition(".")
-    getattr(import_module(module), factory)(output_dir=output_dir, **options)
+    log = structured_logging._structured_logger
+    for kept in [handler for handler in log.handlers if isinstance(handler, _Kept)]:
+        log.removeHandler(kept)
+        before = list(log.handlers)
+        module, _, factory = structured_logging._DEFAULT_HANDLER_FACTORY.rpartition(".")
+        getattr(import_module(module), factory)(**kept.options)
+        for handler in log.handlers:
+            if handler not in before:
+                handler.handleError = partial(_end_log, handler)
+                for record in kept.records:
+                    handler.handle(record)
+
+
+def _end_log(handler: logging.Handler, record: logging.LogRecord) -> None:
+    error = sys.exc_info()[1]
+    # Closing it would write once more.
+    structured_logging._structured_logger.removeHandler(handler)
+    raise surroundings(error, getattr(handler, "baseFilename", "")) or error
 
 
 def install_log() -> None:

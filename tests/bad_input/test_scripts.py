@@ -18,6 +18,7 @@ SCRIPTS = [
     ("recipe.py", "show", "bad.toml", "bad.toml: [model] family is missing. Did you mean 'model' by 'modle'?"),
     ("recipe.py", "diff", "debug/nitp_debug", "bad.toml", "bad.toml: [model] family is missing"),
     ("recipe.py", "check", "debug/nitp_debgu", "Did you mean"),
+    ("recipe.py", "check", "debug/nitp_debug", "no_such_config", "no_such_config.toml does not exist"),
     ("export_hf.py", "--checkpoint", "nowhere", "--out", "hf", "nowhere is not a folder"),
     ("export_hf.py", "--checkpoint", "bad.toml", "--out", "hf", "bad.toml is not a folder"),
     ("export_hf.py", "--checkpoint", "empty", "--out", "hf", "empty holds no complete checkpoint"),

@@ -112,6 +112,7 @@ def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path)
     for option, message in {
         "": f"--out {tmp_path}/hf exists already",
         f"--out={tmp_path}/new --max-shard-size=many": "--max-shard-size = 'many'",
+        f"--out={tmp_path}/new --max-shard-size=1e400GB": "--max-shard-size = '1e400GB'",
         f"--out={tmp_path}/new --checkpoint={tmp_path}/hf": "last_save_in_hf",
     }.items():
         refused = subprocess.run([*command, *option.split()], capture_output=True, text=True)

@@ -1,15 +1,18 @@
 """What is checked before anything is built, and what is no mistake."""
 
 import json
+import logging
+from pathlib import Path
 
 import pytest
 from helpers import make_config, train
 from torchtitan.config import OverrideConfig
+from torchtitan.observability.structured_logger import structured_logging
 
 from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.models import meta_tensors
-from nitp_titan.run.preflight import checkpoint_bytes
+from nitp_titan.run.preflight import begin_log, checkpoint_bytes, open_log
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,36 @@ def test_a_document_longer_than_the_sequence_is_no_mistake(assets, tmp_path):
     trainer = train(config)
     assert len(trainer.tokenizer.encode(text)) > 2 * config.training.seq_len
     assert trainer.step == 2 and trainer.ntokens_seen == 2 * 4 * 128
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """TorchTitan's structured logger, for this test alone."""
+    log = logging.Logger("structured", logging.INFO)
+    monkeypatch.setattr(structured_logging, "_structured_logger", log)
+    yield log
+    for handler in log.handlers:
+        handler.close()
+
+
+def test_the_structured_log_is_written_once_the_run_folder_is_this_runs(log, tmp_path):
+    begin_log(structured_logger=log, rank=0, source="training", output_dir=str(tmp_path / "run"))
+    log.info("started", extra=structured_logging.event_extra("started"))
+    assert list(tmp_path.iterdir()) == []
+    open_log()
+    log.info("trains", extra=structured_logging.event_extra("trains"))
+    open_log()
+    (file,) = (tmp_path / "run/structured_logs").iterdir()
+    assert [("started" in line, "trains" in line) for line in file.read_text().splitlines()] == [(1, 0), (0, 1)]
+
+
+def test_a_full_disk_ends_the_structured_log_in_one_line_and_not_in_a_traceback_per_record(log, tmp_path, capsys):
+    begin_log(structured_logger=log, rank=0, source="training", output_dir=str(tmp_path))
+    open_log()
+    (handler,) = log.handlers
+    handler.setStream(Path("/dev/full").open("w")).close()
+    with pytest.raises(UserError, match=r"structured_logs/training.*\.jsonl cannot be used: the disk is full\.$"):
+        log.info("step", extra=structured_logging.event_extra("step"))
+    log.info("closing", extra=structured_logging.event_extra("closing"))
+    assert capsys.readouterr().err == ""
+    handler.stream = None
