@@ -1,5 +1,6 @@
 """Training metrics: NTP and NITP losses and geometry beside TorchTitan's own, to the console, files and trackers."""
 
+import dataclasses
 import logging
 import os
 import time
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import (
     _get_metrics_rank,
     BaseLogger,
     LoggerContainer,
     MetricsProcessor,
-    TensorBoardLogger,
 )
 from torchtitan.tools.logging import logger
 
@@ -86,17 +87,30 @@ class NITPMetrics(MetricsProcessor):
         if torch.distributed.get_rank() == self.rank:
             self._add_local_loggers(Path(dump_folder))
 
+    def _build_metric_logger(self, *, config: Config, dump_folder: str, **kwargs: Any) -> BaseLogger:
+        """As upstream, with TensorBoard's files of all starts in one folder, where no step is shown twice."""
+        others = dataclasses.replace(config, enable_tensorboard=False)
+        built = super()._build_metric_logger(config=others, dump_folder=dump_folder, **kwargs)
+        self.tensorboard: TensorBoard | None = None
+        names = ("parallel_dims", "pp_schedule")
+        rank = torch.distributed.get_rank()
+        writes = config.save_for_all_ranks or rank == _get_metrics_rank(**{name: kwargs[name] for name in names})
+        if not (config.enable_tensorboard and writes):
+            return built
+        folder = Path(dump_folder) / config.save_tb_folder
+        self.tensorboard = TensorBoard(folder / f"rank_{rank}" if config.save_for_all_ranks else folder)
+        container = LoggerContainer()
+        for each in (built, self.tensorboard):
+            container.add_logger(each)
+        return container
+
     def _add_local_loggers(self, folder: Path) -> None:
         names = ("metrics", "validation", "geometry", "probe", "skipped")
         self.files = [MetricsFile(folder / f"{name}.jsonl") for name in names]
         metrics_file, self.validation_file, self.geometry_file, self.probe_file, self.skipped_file = self.files
         training, validation = RecordLogger(metrics_file, _RECORD), RecordLogger(self.validation_file, _VALIDATION)
         container = LoggerContainer()
-        if isinstance(self.logger, LoggerContainer):
-            container.add_logger(self.logger)
-            for tracker in self.logger._loggers:
-                if isinstance(tracker, TensorBoardLogger):
-                    tracker.writer.add_custom_scalars(_TENSORBOARD_LAYOUT)
+        container.add_logger(self.logger)
         self.console = ConsoleLogger(self.last_step)
         for local_logger in (training, validation, self.console):
             container.add_logger(local_logger)
@@ -109,6 +123,8 @@ class NITPMetrics(MetricsProcessor):
             last_validation: step up to which validations are kept; a later one will be done again.
         """
         self._begun = True
+        if self.tensorboard is not None:
+            self.tensorboard.resume(step)
         for file in self.files:
             file.resume(last_validation if file.path.stem in _OF_VALIDATION else step)
         if self.console is not None and self.skipped_file.path.exists():
@@ -213,6 +229,36 @@ def _quiet(log: logging.Logger) -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+class TensorBoard(BaseLogger):
+    """TensorBoard's files of a run, each step once: TensorBoard forgets what an earlier start wrote of later steps.
+
+    TorchTitan's logger has a folder per minute, so that steps which run again after a kill are shown twice.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
+
+    def resume(self, step: int) -> None:
+        """Begin a file after ``step``."""
+        self.close()
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        self.writer.add_custom_scalars(_TENSORBOARD_LAYOUT)
+        logger.info(f"TensorBoard logging enabled. Logs will be saved at {self.folder}")
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if self.writer is None:
+            self.resume(0)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        # A kill takes what is not on the disk, and the steps before a checkpoint do not run again.
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
 
 class RecordLogger(BaseLogger):

@@ -36,6 +36,8 @@ RECIPE_KEYS: dict[str, set[str] | None] = {
     "guard": None,
     "debug": {"seed"},
 }
+# Looked for in the working directory, then in the project.
+_PATH_KEYS = ("hf_assets_path", "dataset_path")
 REQUIRED_KEYS = [
     ("model", "family"),
     ("model", "flavor"),
@@ -180,7 +182,18 @@ def read_settings(recipe: Path, train_config: Path | None) -> Settings:
     settings = read_recipe(recipe)
     _read_into(settings, train_config, "train config")
     _name_run(settings, recipe)
+    _find_own_files(settings.tables)
     return settings
+
+
+def _find_own_files(tables: dict[str, Any]) -> None:
+    """Let the paths of data and tokenizer lead into the project where the working directory has no such folder."""
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            _find_own_files(value)
+        elif key in _PATH_KEYS and isinstance(value, str) and not os.path.isabs(value):
+            if not os.path.lexists(Path(value).parts[0] if value else "") and os.path.lexists(PROJECT / value):
+                tables[key] = str(PROJECT / value)
 
 
 def _name_run(settings: Settings, recipe: Path) -> None:

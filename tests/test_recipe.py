@@ -160,3 +160,21 @@ def test_the_stock_registry_lists_recipes_and_knows_no_others():
         config_registry.__getattr__("debug/unknown")
     with pytest.raises(SystemExit, match="error: .*train_configs/moon.toml does not exist"):
         config_registry.__getattr__("debug/nitp_debug@moon")()
+
+
+def test_the_project_s_own_files_are_found_from_another_folder_unless_it_has_its_own(tmp_path, monkeypatch, assets):
+    def found():
+        paths = (recipe.find("debug/nitp_debug", "recipes"), recipe.find("cpu", "train_configs"))
+        tables = recipe.read_settings(*paths).tables
+        return [
+            tables[""]["hf_assets_path"],
+            tables["dataloader"]["dataset_path"],
+            tables["validator"]["dataloader"]["dataset_path"],
+        ]
+
+    relative = ["assets/stdlib", "assets/stdlib/train.jsonl", "assets/stdlib/validation.jsonl"]
+    assert found() == relative
+    monkeypatch.chdir(tmp_path)
+    assert found() == [str(recipe.PROJECT / path) for path in relative]
+    (tmp_path / "assets").mkdir()
+    assert found() == relative

@@ -47,7 +47,7 @@ def tracked(assets, tmp_path_factory):
 
 def test_tensorboard_has_grouped_tags_and_the_paper_s_figures_as_a_layout(tracked):
     folder, _ = tracked
-    (events,) = folder.glob("tb/*/events*")
+    (events,) = folder.glob("tb/events*")
     found = EventAccumulator(str(events.parent)).Reload()
     tags = set(found.Tags()["scalars"])
     assert {f"geometry/{state}/{figure}" for state in STATES for figure in FIGURES} < tags
@@ -81,3 +81,46 @@ def test_weights_and_biases_works_offline_with_name_group_and_config_of_the_reci
 def test_the_recipe_names_the_run_unless_the_train_config_does(tmp_path, files):
     metrics = config_registry.load("debug/ntp_debug@cpu").metrics
     assert (metrics.run_name, metrics.run_group) == ("debug/ntp_debug", "llama3 debug")
+
+
+@pytest.fixture
+def resumed(assets, tmp_path, monkeypatch):
+    """A run with a checkpoint after step 2 that was killed after step 4, and went on from there to step 5."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for variable in ("WANDB_RUN_ID", "WANDB_RESUME"):
+        # Ours to set, and monkeypatch's to put back.
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    ids = []
+    for steps in ([1, 2, 3, 4], [3, 4, 5]):
+        # Each start is a process of its own.
+        monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+        trainer = make_config(
+            tmp_path,
+            training={"steps": 5},
+            metrics={"enable_tensorboard": True, "enable_wandb": True},
+            checkpoint={"enable": True, "interval": 2},
+        ).build()
+        trainer.checkpointer.load(step=-1)
+        ids.append((wandb.run.id, wandb.run.settings.resume))
+        batches = trainer.batch_generator(trainer.dataloader)
+        for step in steps:
+            trainer.step = step
+            trainer.train_step(batches)
+            if step == 2:
+                trainer.checkpointer.save(step)
+        trainer.close()
+    return tmp_path, ids
+
+
+def test_a_run_that_goes_on_is_one_run_for_both_trackers_and_tensorboard_has_each_step_once(resumed):
+    folder, ids = resumed
+    assert ids[0] == ids[1] and ids[0][0] and ids[0][1] == "allow"
+    files = sorted(folder.glob("tb/events*"))
+    assert len(files) == 2
+    found = EventAccumulator(str(folder / "tb")).Reload()
+    assert [event.step for event in found.Scalars("loss_metrics/ntp_loss")] == [1, 2, 3, 4, 5]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [event.value for event in found.Scalars("loss_metrics/ntp_loss")]
+    assert losses == pytest.approx([record["ntp_loss"] for record in records], rel=1e-6)

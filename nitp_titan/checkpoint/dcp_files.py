@@ -149,7 +149,13 @@ class _Planner(DefaultLoadPlanner):
 
 def reader(folder: str | os.PathLike) -> _LocalReader | _RemoteReader:
     """Reader of a checkpoint in a local or remote (fsspec) folder, with ``metadata`` and ``check_files()``."""
-    return _RemoteReader(folder) if is_remote(folder) else _LocalReader(folder)
+    if not is_remote(folder):
+        return _LocalReader(folder)
+    try:
+        return _RemoteReader(folder)
+    except (ImportError, ValueError) as error:
+        # fsspec has no driver for it, or knows no such protocol.
+        raise UserError(f"{folder} cannot be read: {error}") from None
 
 
 def load(

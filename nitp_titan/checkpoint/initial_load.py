@@ -18,6 +18,7 @@ from torchtitan.tools.logging import logger
 from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.config import nearest, UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX
+from nitp_titan.hf.class_defaults import completed
 from nitp_titan.models import hf_config
 
 # Of a Hugging Face model, what a model here computes by itself.
@@ -44,11 +45,11 @@ def check_initial_load(config, spec: ModelSpec, tensors: dict[str, Tensor]):
     settings = config.checkpoint
     # TorchTitan takes the model beside the tokenizer where no path is given.
     path = settings.initial_load_path or (config.hf_assets_path if settings.initial_load_in_hf else None)
-    if not settings.enable or not path or is_remote(path):
+    if not settings.enable or not path:
         return config
     try:
         if not settings.initial_load_in_hf:
-            checkpoint = Checkpoint(Path(path))
+            checkpoint = Checkpoint(path if is_remote(path) else Path(path))
             logger.info(_check_native(checkpoint, config, tensors))
             return replace(config, checkpoint=replace(settings, initial_load_path=str(checkpoint.folder)))
         if not settings.initial_load_in_hf_quantized:
@@ -112,7 +113,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         siblings = [str(other) for other in folder.parent.glob("*")] if folder.parent.is_dir() else []
         raise UserError(f"{folder} is not a folder.{nearest(str(folder), siblings)}")
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no object")
+        return settings
     except OSError:
         raise UserError(f"{folder} holds no config.json, which says what model it is.") from None
     except ValueError as error:
@@ -120,21 +124,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_settings(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raise UserError unless two configurations agree wherever both say something."""
-    pairs = {key: (value, theirs.get(key)) for key, value in ours.items() if key not in _NOT_COMPARED}
-    our_rope, their_rope = _rope(ours), _rope(theirs)
-    pairs |= {f"rope_parameters {key}": (value, their_rope.get(key)) for key, value in our_rope.items()}
-    for key, (our, their) in pairs.items():
+    """Raise UserError unless two configurations agree wherever both say something, the class of theirs included."""
+    their_words, theirs = theirs, completed(theirs)
+    pairs = {key: (value, theirs.get(key), key in their_words) for key, value in ours.items()}
+    pairs = {key: pair for key, pair in pairs.items() if key not in _NOT_COMPARED}
+    rope = theirs["rope_parameters"]
+    said = {*their_words, *(their_words.get("rope_parameters") or their_words.get("rope_scaling") or {})}
+    pairs |= {
+        f"rope_parameters {key}": (value, rope.get(key), key in said or key == "rope_type")
+        for key, value in completed(ours)["rope_parameters"].items()
+    }
+    for key, (our, their, is_said) in pairs.items():
         if our is not None and their is not None and our != their:
-            raise UserError(f"{folder}/config.json: {key} = {their!r}, but the recipe's model has {our!r}.")
-
-
-def _rope(settings: dict[str, Any]) -> dict[str, Any]:
-    """Rotary embeddings of a configuration, as transformers 5 writes them."""
-    parameters = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
-    parameters.setdefault("rope_type", parameters.pop("type", "default"))
-    parameters.setdefault("rope_theta", settings.get("rope_theta"))
-    return parameters
+            default = "" if is_said else f" (not set: the default of '{theirs['model_type']}')"
+            raise UserError(f"{folder}/config.json: {key} = {their!r}{default}, but the recipe's model has {our!r}.")
 
 
 def _safetensors_shapes(folder: Path) -> dict[str, list[int]]:

@@ -151,8 +151,10 @@ class NITPCheckpointManager(CheckpointManager):
         if from_hf:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         reader = dcp_files.reader(checkpoint_id)
-        reader.check_files()
-        initial = checkpoint_id == self.initial_load_path and not is_remote(checkpoint_id)
+        if dist.get_rank() == 0:
+            # Once for all ranks: a large checkpoint has as many files as ranks.
+            reader.check_files()
+        initial = checkpoint_id == self.initial_load_path
         settings = optimizer_states.settings(self.states[OPTIMIZER])
         dcp_files.load(state_dict, reader, allow_partial=initial)
         self.states[MODEL].load_state_dict(state_dict)

@@ -1,11 +1,14 @@
 """A checkpoint of a run (DCP) on disk: where it is, what it holds, and its tensors a few at a time."""
 
+import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.tools.filesystem import is_remote
 
 from nitp_titan import recipe
 from nitp_titan.checkpoint import dcp_files
@@ -22,16 +25,16 @@ class Checkpoint:
     """The checkpoint of one step.
 
     Args:
-        path: its folder, the folder of all checkpoints of a run, or the run folder; of several the latest is taken.
+        path: its folder, the folder of all checkpoints of a run, or the run folder; of several the latest is taken. Of a
+            remote one (``s3://...``) its own folder.
 
     Raises:
         UserError: if there is no complete checkpoint, naming the file that is missing, damaged, too short or could run
             code.
     """
 
-    def __init__(self, path: Path):
-        self.folder = _step_folder(path)
-        self.step = int(self.folder.name.rpartition("-")[2])
+    def __init__(self, path: Path | str):
+        self.folder = path if is_remote(path) else _step_folder(Path(path))
         self._reader = dcp_files.reader(self.folder)
         self._reader.check_files()
         entries = self._reader.metadata.state_dict_metadata
@@ -44,6 +47,22 @@ class Checkpoint:
         self.has_optimizer = any(name.startswith("optimizer.state.") for name in entries)
         self.data_state = {name.removeprefix("dataloader.") for name in entries if name.startswith("dataloader.")}
         """Names of the data loader's entries."""
+
+    @cached_property
+    def step(self) -> int:
+        """Its step: by the name of its folder, of what a link leads to, or by the state of the trainer in it.
+
+        Raises:
+            UserError: if none of them says it, as for a model alone in a folder that was renamed.
+        """
+        for name in (str(self.folder), "" if is_remote(self.folder) else str(self.folder.resolve())):
+            if found := re.search(r"(?:^|/)step-(\d+)/?$", name):
+                return int(found[1])
+        state = {"train_state": {"step": 0}}
+        if "train_state.step" not in self._reader.metadata.state_dict_metadata:
+            raise UserError(f"{self.folder} does not say its step: name it step-N.")
+        dcp_files.load(state, self._reader, no_dist=True)
+        return int(state["train_state"]["step"])
 
     @property
     def run_folder(self) -> Path:

@@ -293,6 +293,9 @@ class Stream:
             logger.info(f"{self._name} is read again from its beginning (epoch {self._documents.epoch})")
             return True
         tokens = torch.as_tensor(self._tokens_of(document), dtype=torch.int64)
+        if not self._pending and self._offset >= max(len(tokens) - 1, 1):
+            # Of a later epoch of data that grew since the state was taken: another document stands here.
+            self._offset = self._num_tokens = 0
         if len(tokens) > 1:
             self._found_any = True
             self._pending.append(_Pending(state, tokens))

@@ -279,7 +279,8 @@ def _check_data(config, now: dict[str, Any], *, none: bool) -> list[str]:
     folder = Path(config.dump_folder)
     try:
         before = json.loads((folder / _DATA).read_text(encoding="utf-8"))
-        found = compare(before, now, shuffle=getattr(config.dataloader, "shuffle", False))
+        order = {key: getattr(config.dataloader, key, None) for key in ("shuffle", "num_streams")}
+        found = compare(before, now, shuffle=bool(order["shuffle"]), num_streams=order["num_streams"] or 1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         if config.resume:
             return [f"its {_DATA} is missing or damaged, so that its data are not compared"]

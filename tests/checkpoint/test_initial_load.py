@@ -205,6 +205,15 @@ def _edit(**changes):
     return change
 
 
+def _without(*keys):
+    def change(folder: Path):
+        path = folder / "config.json"
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in settings.items() if key not in keys}))
+
+    return change
+
+
 def _tensors(change):
     def rewrite(folder: Path):
         tensors = load_file(folder / "model.safetensors")
@@ -237,6 +246,12 @@ _BIAS = "model.layers.0.self_attn.q_proj.bias"
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no safetensors"),
         (_cut, "model.safetensors cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json is not JSON: it holds no object"),
+        (_without("rms_norm_eps"), "rms_norm_eps = 1e-06 (not set: the default of 'llama'), but the recipe's model has"),
+        (
+            _without("rope_theta", "rope_parameters"),
+            "rope_parameters rope_theta = 10000.0 (not set: the default of 'llama'), but the recipe's model has 500000",
+        ),
         (lambda folder: folder.rename(folder.parent / "models"), "model is not a folder. Did you mean"),
     ],
 )
@@ -280,3 +295,40 @@ def test_states_that_were_not_saved_cannot_be_asked_for(tmp_path, assets, ntp):
     trainer.close()
     with pytest.raises(UserError, match="holds a model only; set initial_load_model_only = true"):
         _start(tmp_path / "next", tmp_path / "run", model_only=False, training={**TRAINING, "steps": 5})
+
+
+@pytest.mark.parametrize("name", ["step-best", "latest", "a link"])
+def test_a_renamed_or_linked_checkpoint_is_gone_on_with(ntp, tmp_path, name):
+    shutil.copytree(ntp[0], tmp_path / "ntp")
+    steps = tmp_path / "ntp/checkpoint"
+    if name == "step-best":
+        (steps / "step-3").rename(steps / name)
+    else:
+        (steps / name).symlink_to("step-3")
+    trainer = _start(tmp_path / "run", steps / name, model_only=False, training={**TRAINING, "steps": 5})
+    trainer.close()
+    assert trainer.step == 3 and Checkpoint(steps / name).step == 3
+    starts = json.loads((tmp_path / "run/resolved.json").read_text())
+    assert starts["checkpoint"]["initial_load_path"] == str(steps / name)
+
+
+def test_a_model_alone_in_a_renamed_folder_starts_a_run_and_says_that_it_has_no_step(ntp, tmp_path):
+    trainer = _start(tmp_path / "run", ntp[0], checkpoint={"enable": True, "last_save_model_only": True})
+    trainer.checkpointer.save(3, last_step=True)
+    trainer.close()
+    best = (tmp_path / "run/checkpoint/step-3").rename(tmp_path / "run/checkpoint/best")
+    _start(tmp_path / "next", best).close()
+    with pytest.raises(UserError, match="best does not say its step: name it step-N."):
+        Checkpoint(best).step
+
+
+def test_a_remote_ntp_checkpoint_starts_a_run_with_nitp(ntp, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    remote = f"file://{ntp[0]}/checkpoint/step-3"
+    trainer = _start(tmp_path / "run", remote)
+    trainer.close()
+    assert f"Starting from {remote}: " in caplog.text and "new, as initialised: nitp.projector" in caplog.text
+    for name, value in parameters(ntp[1]).items():
+        assert torch.equal(parameters(trainer)[name], value)
+    with pytest.raises(UserError, match="initial_load_path: nowhere://x/step-1 cannot be read: Protocol not known"):
+        _start(tmp_path / "other", "nowhere://x/step-1")

@@ -140,6 +140,26 @@ def test_what_is_added_at_the_end_changes_nothing_before_it(tmp_path, streaming,
     assert len(set(old)) == sum(before) and old == new
 
 
+def test_a_later_epoch_goes_on_though_the_text_grew_and_another_document_stands_there(tmp_path):
+    """The documents of an epoch are shuffled over all that there are: a long one was cut, a short one takes its place."""
+    path = tmp_path / "text.jsonl"
+    rows = _documents("a", 1)[0]["text"]
+    path.write_text(json.dumps({"text": rows * 7}) + "\n")
+    loader = _loader(dataset_path=str(path), batch=1)
+    batches = iter(loader)
+    for _ in range(40):
+        next(batches)
+        (stream,) = _streams(loader.state_dict())[0]
+        if stream["document"]["epoch"] and stream["offset"] > 20:
+            break
+    state = loader.state_dict()
+    path.write_text(json.dumps({"text": "b"}) + "\n")
+    changed = _loader(dataset_path=str(path), batch=1)
+    changed.load_state_dict(state)
+    inputs, _ = next(iter(changed))
+    assert stream["offset"] > 20 and inputs["positions"].max() < 20
+
+
 def test_a_rank_reads_a_streamed_source_of_few_files_once_for_all_its_streams(monkeypatch):
     """Not once for each of them; what other streams have not come to waits."""
     rows, read = _uneven("a", 200), []

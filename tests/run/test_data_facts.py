@@ -83,7 +83,7 @@ def _more_files(corpus):
 def test_data_that_grew_at_their_end_go_on_with_resume_which_says_from_where_the_order_changes(corpus, run, grow):
     grow(corpus)
     said = (
-        f"[dataloader] '{corpus}/text' grew at its end: the order of documents changes from document 80 (from 0) on and "
+        f"[dataloader] '{corpus}/text' grew at its end: the order of documents changes from document 80 (counted from 0) on and "
         "in later epochs"
     )
     with pytest.raises(UserError) as refused:
@@ -155,6 +155,18 @@ def test_streaming_is_part_of_a_run_because_it_changes_the_order(corpus, run):
     for flags in ({}, RESUME):
         with pytest.raises(UserError, match=r"/text' was indexed and is streamed \(streaming\)"):
             find_start(_config(corpus, streaming=True, flags=flags))
+
+
+@pytest.mark.parametrize(("num_streams", "fits"), [(2, True), (3, False), (4, True)])
+def test_streamed_data_that_grew_go_on_unless_files_are_dealt_in_another_way(corpus, num_streams, fits):
+    config = _config(corpus, streaming=True)
+    before = data_facts(config)
+    _more_files(corpus)
+    changes = compare(before, data_facts(config), num_streams=num_streams)
+    grown = f"[dataloader] '{corpus}/text' grew at its end: the order of documents changes from its former end on and"
+    new = f"[dataloader] '{corpus}/text': {corpus}/text/c.jsonl is new"
+    assert changes.other == ([] if fits else [new])
+    assert [text[: len(grown)] for text in changes.allowed] == ([grown] if fits else [])
 
 
 def test_another_number_of_sources_does_not_fit_the_state_of_the_data(corpus, run):
