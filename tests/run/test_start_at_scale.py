@@ -1,6 +1,7 @@
 """Before a run is built one rank of a node looks at files for all, so that a thousand ranks ask the disks as two do."""
 
 import json
+import shutil
 
 import pytest
 from helpers import saved_run
@@ -10,7 +11,9 @@ from helpers import saved_run
 def counts(torchrun, assets, tmp_path_factory):
     """What each of two ranks of a node accesses of a run with a checkpoint: until they agree, and until it is loaded."""
     folder = tmp_path_factory.mktemp("counted")
-    saved_run(folder / "run", generated_data=False, validator={"enable": False})
+    saved_run(folder / "here", generated_data=False, validator={"enable": False})
+    # This process keeps its own folder for itself.
+    shutil.copytree(folder / "here", folder / "run", ignore=shutil.ignore_patterns("run.lock"))
     flags = ["--recipe", "debug/nitp_debug", "--train-config", "cpu", "--dump_folder", str(folder / "run"), "--resume"]
     flags += ["--training.local_batch_size", "8", "--training.steps", "9"]
     done = torchrun(2, "tests/run/counted_start.py", str(folder), *flags)
@@ -21,8 +24,9 @@ def counts(torchrun, assets, tmp_path_factory):
 def test_only_the_first_rank_of_a_node_looks_at_files_before_the_ranks_agree(counts):
     (first, _), (second, _) = counts
     # Code, tokenizer and text are read and hashed, the files of the checkpoint are measured.
-    assert {"code opened", "tokenizer opened", "text opened", "checkpoint looked at"} <= first.keys()
-    assert second == {}
+    assert {"tokenizer opened", "text opened", "checkpoint looked at"} <= first.keys() and first["code opened"] > 100
+    # Of the code, what the decorators of torch read of a few modules.
+    assert second.keys() <= {"code opened"} and second["code opened"] < 10
 
 
 def test_only_one_rank_looks_for_the_files_of_a_checkpoint_and_each_reads_what_it_needs(counts):
