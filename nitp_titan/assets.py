@@ -187,7 +187,11 @@ def prepare_stdlib_assets(folder: Path, vocab_size: int = VOCAB_SIZE) -> dict:
 def _manifest(folder: Path, version: dict) -> dict | None:
     """The manifest of a folder, if it is of this version."""
     path = folder / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        manifest = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        # Damaged: it is made again.
+        return None
     return manifest if {key: manifest.get(key) for key in version} == version else None
 
 

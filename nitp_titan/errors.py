@@ -285,7 +285,8 @@ def end(error: BaseException, *, kept: str, place: str = "") -> None:
     _drop_stdout()
     if reader_has_gone:
         sys.exit(_PIPE_CLOSED)
-    if isinstance(error, KeyboardInterrupt):
+    if any(isinstance(one, KeyboardInterrupt) for one in chain(error)):
+        # torch's checkpoints hand it on as a failure, and a clean-up may fail after it.
         interrupted(kept)
     if isinstance(error, UserError):
         exit_with(error)

@@ -1,10 +1,12 @@
 """Files that are there wholly or not at all. Imports no torch."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from nitp_titan.errors import at
+from nitp_titan.errors import at, UserError
 
 # A file up to this size is hashed whole, a larger one at its two ends: data files may have terabytes in all.
 _WHOLE_BYTES = 8 << 20
@@ -21,6 +23,23 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def read_own(path: Path) -> dict[str, Any] | None:
+    """A JSON file that a command of ours has written and reads again; None if it is not there.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it is not what nitp-titan wrote. Remove it, or choose another folder.")
+    return content
 
 
 def sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nitp_titan import recipe
 from nitp_titan.config import UserError
-from nitp_titan.files import write_atomically
+from nitp_titan.files import read_own, write_atomically
 from nitp_titan.run import run_folder
 
 _STAMP = "arm.json"
@@ -99,8 +99,7 @@ class Arm:
         say(f"trained in {time.monotonic() - started:.0f} s")
 
     def _stamp(self) -> dict:
-        stamp = self.folder / _STAMP
-        return json.loads(stamp.read_text()) if stamp.is_file() else {}
+        return read_own(self.folder / _STAMP) or {}
 
     def _write_stamp(self, fingerprint: str, *, finished: bool) -> None:
         write_atomically(self.folder / _STAMP, json.dumps({"fingerprint": fingerprint, "finished": finished}))

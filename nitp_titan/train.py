@@ -151,7 +151,10 @@ def import_torchtitan():
 
 
 def _read_flags_in_one_line() -> None:
-    """Let TorchTitan say in one line, and not in a box, what is wrong with a flag; and take ``none`` for None."""
+    """Let TorchTitan say in one line, and not in a box, what is wrong with a flag.
+
+    Values are called as in TOML and in messages: ``none``; one name or several, each a word.
+    """
     import tyro
     from torchtitan.config import manager
 
@@ -162,6 +165,7 @@ def _read_flags_in_one_line() -> None:
     @wraps(parse_args)
     def parse(self, args: list[str] | None = None):
         manager.custom_registry.primitive_rule(_none_rule)
+        manager.custom_registry.primitive_rule(_names_rule)
         written = io.StringIO()
         try:
             with contextlib.redirect_stderr(written):
@@ -185,15 +189,34 @@ def _read_flags_in_one_line() -> None:
             choices=("none", "None"),
         )
 
+    def _names_rule(type_info):
+        if type_info.type != str | list[str]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="NAME [NAME ...]",
+            instance_from_str=lambda values: values[0] if len(values) == 1 else values,
+            is_instance=lambda value: isinstance(value, (str, list)),
+            str_from_instance=lambda value: [value] if isinstance(value, str) else value,
+        )
+
     manager.ConfigManager.parse_args = parse
 
 
 def _without_box(text: str) -> str:
-    """What tyro draws a box around, as one line: the mistake, then the nearest flags."""
+    """What tyro draws a box around, as one line: the mistake and the nearest flag, without the help of all it knows."""
     lines = [re.sub("[│╭╮╰╯─]", " ", line).strip() for line in text.splitlines()]
-    kept = [line for line in lines if line and "--help" not in line and not line.startswith(("Parsing error", "Unrec"))]
-    said = " ".join(kept)
-    return said or " ".join(line for line in lines if line)
+    parts = [[]]
+    for line in lines:
+        if line and not line.strip("-"):
+            parts.append([])
+        else:
+            parts[-1] += [line] if line else []
+    # A title, the mistake, then what may help.
+    mistake = " ".join(parts[1] if len(parts) > 1 else parts[0]).rstrip(".")
+    near = [line for part in parts if part[:1] == ["Perhaps you meant:"] for line in part]
+    flags = [line.split()[0] for line in near if line.startswith("--")]
+    return f"{mistake}." + (f" Did you mean '{flags[0]}'?" if flags else "")
 
 
 def main() -> None:

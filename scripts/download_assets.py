@@ -13,9 +13,9 @@ from nitp_titan.hub import describe, download_tokenizer, TOKENIZERS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(TOKENIZERS)}, or any owner/name")
-    parser.add_argument("--out", type=Path, default=Path("assets"), help="folder of the tokenizers' folders")
+    parser.add_argument("--out", type=Path, default=Path("assets"), help="folder of their folders (%(default)s)")
     parser.add_argument("--list", action="store_true", help="list the registered tokenizers")
     arguments = parser.parse_args()
     if not arguments.names and not arguments.list:

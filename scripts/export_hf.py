@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a step's folder, or a run folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model, new or with this very export")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (%(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (default: the recipe's hf_assets_path)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file, for example 500MB (default: 5GB)")
     arguments = parser.parse_args()

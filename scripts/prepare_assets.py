@@ -13,9 +13,9 @@ from nitp_titan.assets import prepare_stdlib_assets, VOCAB_SIZE
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("assets/stdlib"))
-    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="entries of the tokenizer")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("assets/stdlib"), help="folder (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="entries of the tokenizer (%(default)s)")
     arguments = parser.parse_args()
     if arguments.vocab_size < 258:
         parser.error(f"--vocab-size {arguments.vocab_size}: at least 258, all bytes and two special tokens")

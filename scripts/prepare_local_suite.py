@@ -16,9 +16,9 @@ from nitp_titan.evaluation.local_suite import DEFAULT_FOLDER, DEFAULT_TEXT, prep
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=DEFAULT_TEXT, help="JSON lines")
-    parser.add_argument("--text-field", default="text", help="field that holds a line's text")
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder of the suite")
+    parser.add_argument("--text", type=Path, default=DEFAULT_TEXT, help="JSON lines (%(default)s)")
+    parser.add_argument("--text-field", default="text", help="field that holds a line's text (%(default)s)")
+    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder of the suite (%(default)s)")
     arguments = parser.parse_args()
     if arguments.text == DEFAULT_TEXT and not DEFAULT_TEXT.is_file():
         raise UserError(f"{DEFAULT_TEXT} is missing; run `python scripts/prepare_assets.py`, or name another --text.")

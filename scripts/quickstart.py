@@ -1,4 +1,9 @@
-"""Train the NTP and the NITP arm of the debug recipe with the same seed, data and order, and compare them."""
+"""Train the NTP and the NITP arm of the debug recipe with the same seed, data and order, and compare them.
+
+python scripts/quickstart.py [--steps 20] [--out outputs/quickstart]
+
+The same command goes on where it stopped; what is finished is not trained again.
+"""
 
 import argparse
 from pathlib import Path
@@ -15,16 +20,16 @@ NEXT = """
 next    source .venv/bin/activate     # every other command needs it
         python scripts/recipe.py list
         torchrun --nproc_per_node 1 -m nitp_titan.train --recipe debug/nitp_debug
-        python scripts/export_hf.py --checkpoint outputs/quickstart/nitp --out outputs/hf/nitp"""
+        python scripts/export_hf.py --checkpoint {out}/nitp --out outputs/hf/nitp"""
 
 ARMS = {"ntp": "debug/ntp_debug", "nitp": "debug/nitp_debug"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="optimizer steps per arm (default: the recipe's)")
     parser.add_argument(
-        "--out", type=Path, default=Path("outputs/quickstart"), help="folder of both runs and the report"
+        "--out", type=Path, default=Path("outputs/quickstart"), help="folder of both runs and the report (%(default)s)"
     )
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.steps < 1:
@@ -53,7 +58,7 @@ def main() -> None:
     report.write(folder)
     print("\n" + markdown_table(report) + "\n\n" + "\n".join(report.sentences()))
     print(f"\nruns    {arguments.out}/ntp  {arguments.out}/nitp\nreport  {folder}/index.html  {folder}/report.md")
-    print(NEXT)
+    print(NEXT.format(out=arguments.out))
 
 
 if __name__ == "__main__":

@@ -57,15 +57,15 @@ def main() -> None:
     parser.add_argument("--arm", action="append", help="a recipe of recipes/study, by name; repeat (default: all)")
     parser.add_argument("--all", action="store_true", help="the recipes that take longer, too")
     parser.add_argument("--seed", action="append", type=int, help="repeat (default: 1, 2 and 3)")
-    parser.add_argument("--parallel", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("outputs/study"), help="folder of all runs")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--parallel", type=int, default=cores, help="runs at a time (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/study"), help="folder of all runs (%(default)s)")
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     available = sorted(path.stem for path in (recipe.PROJECT / "recipes/study").glob("*.toml"))
     for name in arguments.arm or []:
         if name not in available:
             raise UserError(f"--arm {name}: there is no such recipe in recipes/study.{nearest(name, available)}")
-    cores = len(os.sched_getaffinity(0))
     if not 1 <= arguments.parallel <= cores:
         raise UserError(f"--parallel {arguments.parallel}: 1 to {cores}, the number of cores.")
     names = arguments.arm or [name for name in available if arguments.all or name not in LONGER]

@@ -1,7 +1,9 @@
 """Every script: its own checkout's code, outside of the environment, into a pipe, with Ctrl-C."""
 
+import argparse
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -94,3 +96,27 @@ def test_ctrl_c_in_the_quickstart_lets_its_run_save_and_says_how_to_go_on(assets
     assert "Traceback" not in said and "Stopped by Ctrl-C after step" in (tmp_path / "ntp/log.txt").read_text()
     assert list((tmp_path / "ntp/checkpoint").glob("step-*/.metadata")) and not (tmp_path / "nitp").exists()
     assert json.loads((tmp_path / "ntp/arm.json").read_text())["finished"] is False
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_help_of_a_script_says_what_happens_without_a_flag(monkeypatch, script):
+    class Read(Exception):
+        pass
+
+    parsers = []
+
+    def parse_args(self, args=None, namespace=None):
+        parsers.append(self)
+        raise Read
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
+    with pytest.raises(Read):
+        runpy.run_path(str(PROJECT / "scripts" / script))["main"]()
+    (parser,) = parsers
+    assert parser.description and f"python scripts/{script}" in parser.description
+    for action in parser._actions:
+        given = action.default not in (None, False, True, [], argparse.SUPPRESS)
+        text = action.help and parser._get_formatter()._expand_help(action)
+        assert text or isinstance(action, argparse._SubParsersAction), action.dest
+        assert not given or str(action.default) in text or "default" in text, f"{action.dest}: {text}"

@@ -13,7 +13,8 @@ from processes import PROJECT
 from torch import OutOfMemoryError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nitp_titan.errors import at, chain, lost_rank, surroundings, UserError
+from nitp_titan.errors import at, chain, end, lost_rank, surroundings, UserError
+from nitp_titan.files import read_own
 
 
 def _os_error(number, file=None):
@@ -164,6 +165,31 @@ def test_a_command_ends_with_one_line_and_its_status(tmp_path, end, status, said
         assert written == said.format(tmp_path) or (end == "bug" and written.endswith(said)), written
         assert process.wait() == status
     assert list(tmp_path.iterdir()) == [], "nothing is left half-written"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        _caused(UserError("x cannot be read: "), CheckpointException("read", {0: (KeyboardInterrupt(), None)})),
+        _while_handling(AttributeError("'NoneType' object has no attribute 'terminate'"), KeyboardInterrupt()),
+    ],
+    ids=["itself", "failed checkpoint", "failed clean-up"],
+)
+def test_an_interruption_is_one_whatever_became_of_it(capsys, error):
+    with pytest.raises(SystemExit) as ended:
+        end(error, kept="nothing.")
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted: nothing.\n"
+
+
+def test_a_damaged_file_of_ours_is_named_and_a_missing_one_is_none(tmp_path):
+    assert read_own(tmp_path / "arm.json") is None
+    for content in ("{", "[1]", ""):
+        (tmp_path / "arm.json").write_text(content)
+        with pytest.raises(UserError, match=r"arm\.json is damaged: .* Remove it, or choose another folder\.$"):
+            read_own(tmp_path / "arm.json")
+    (tmp_path / "arm.json").write_text('{"a": 1}')
+    assert read_own(tmp_path / "arm.json") == {"a": 1}
 
 
 RANK = """

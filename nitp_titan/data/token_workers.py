@@ -52,8 +52,10 @@ def write_shards(job: Job, num_workers: int, say: Callable[[str], None]) -> None
             progress.say(say)
     finally:
         for worker in workers:
-            worker.terminate()
-            worker.join()
+            # Not those that an interruption kept from starting.
+            if worker.pid is not None:
+                worker.terminate()
+                worker.join()
 
 
 def _running(workers: list, errors) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nitp_titan.config import UserError
 from nitp_titan.documents import read_documents
-from nitp_titan.files import sha256
+from nitp_titan.files import read_own, sha256
 
 DEFAULT_TEXT = Path("assets/stdlib/validation.jsonl")
 DEFAULT_FOLDER = Path("assets/local_suite")
@@ -150,7 +150,7 @@ def _cut(text: str, end: int) -> int:
 
 def _manifest(folder: Path) -> dict | None:
     path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_own(path)
 
 
 def _absolute(folder: Path) -> str:

@@ -20,8 +20,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from tqdm import tqdm
 
-from nitp_titan.config import UserError
 from nitp_titan.data.loader import check_dataset, TextDataLoader
+from nitp_titan.errors import surroundings, UserError
 from nitp_titan.evaluation.models import LoadedModel, num_positions
 from nitp_titan.evaluation.plan import Plan, Row, Task
 from nitp_titan.evaluation.scores import ratio, Score
@@ -174,7 +174,7 @@ def _tokenizer(source: str) -> _Documents:
     except Exception as error:
         # The `tokenizers` library raises plain Exception for a broken file.
         reason = next(iter(str(error).splitlines()), "")
-        raise UserError(f"{source}: its tokenizer does not load as in training: {reason}") from error
+        raise surroundings(error, str(source)) or UserError(f"{source}: its tokenizer does not load as in training: {reason}") from error
 
 
 def _nats(model, inputs: dict[str, Tensor], labels_BL: Tensor) -> Tensor:

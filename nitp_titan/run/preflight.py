@@ -41,7 +41,8 @@ def _check_tokenizer(config, spec: ModelSpec) -> None:
     except Exception as error:
         # The tokenizers' library raises nothing narrower.
         reason = f"holds no tokenizer that loads: {type(error).__name__}: {error}"
-        raise UserError(f"hf_assets_path = '{path}' {reason}", table="", key="hf_assets_path") from None
+        found = surroundings(error, path)
+        raise found or UserError(f"hf_assets_path = '{path}' {reason}", table="", key="hf_assets_path") from None
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"hf_assets_path = '{path}' has {tokenizer.get_vocab_size()} tokens, more than the model's vocabulary of "
