@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import processes
 from processes import PROJECT
 
+# Scripts that tests run in this process find what is beside them.
+sys.path.append(str(PROJECT / "scripts"))
+
 # Before torch is loaded: it decides how OpenMP's threads wait.
 import nitp_titan  # noqa: F401
 

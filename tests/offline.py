@@ -21,6 +21,8 @@ def command(line: str) -> None:
     words = line.split()
     is_module, target = words[0] == "-m", words[words[0] == "-m"]
     sys.argv[:] = words[is_module:]
+    # As Python does for a script.
+    sys.path.insert(0, str(Path(target).parent))
     try:
         (runpy.run_module if is_module else runpy.run_path)(target, run_name="__main__")
     except SystemExit as end:
