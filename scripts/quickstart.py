@@ -1,4 +1,4 @@
-"""Train the NTP and the NITP arm of the debug recipe with the same seed, data and order, and compare them.
+"""Train the NTP and the NITP arm of the quickstart recipe with the same seed, data and order, and compare them.
 
 python scripts/quickstart.py [--steps 20] [--out outputs/quickstart]
 
@@ -22,7 +22,7 @@ next    source .venv/bin/activate     # every other command needs it
         torchrun --nproc_per_node 1 -m nitp_titan.train --recipe debug/nitp_debug
         python scripts/export_hf.py --checkpoint {out}/nitp --out outputs/hf/nitp"""
 
-ARMS = {"ntp": "debug/ntp_debug", "nitp": "debug/nitp_debug"}
+ARMS = {"ntp": "debug/ntp_quickstart", "nitp": "debug/nitp_quickstart"}
 
 
 def main() -> None:
