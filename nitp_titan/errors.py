@@ -185,7 +185,7 @@ def away(error: BaseException, place: str) -> Away | None:
         line = _network_line(cause, names, getattr(cause, "errno", None), str(cause), place)
         if line is None and isinstance(cause, (ConnectionError, TimeoutError)):
             # Of `datasets`, which has tried again and again by then.
-            line = f"{place}: it does not answer ({type(cause).__name__}: {cause})."
+            line = f"{place}: it does not answer ({type(cause).__name__}: {(str(cause).splitlines() or [''])[0]})."
         if line is not None and (status is None or status in (408, 429) or status >= 500):
             return Away(line)
     return None

@@ -129,13 +129,11 @@ def _reason(error: Exception, repo: str) -> str:
 
 def describe(folder: Path) -> str:
     """Size and end-of-document token of a tokenizer as training sees it; UserError unless it has both."""
-    from torchtitan.components.tokenizer import HuggingFaceTokenizer
+    # With it comes a part of TorchTitan.
+    from nitp_titan.tokenizer import load_tokenizer, UnfitTokenizer
 
     try:
-        tokenizer = HuggingFaceTokenizer(HuggingFaceTokenizer.Config(), tokenizer_path=str(folder))
-    except Exception as error:
-        # The `tokenizers` library raises plain Exception for a broken file.
-        raise UserError(f"{folder.name}: its tokenizer does not load: {str(error).splitlines()[0]}") from error
-    if tokenizer.eos_id is None:
-        raise UserError(f"{folder.name}: its tokenizer_config.json names no eos_token, which ends a document.")
+        tokenizer = load_tokenizer(folder)
+    except UnfitTokenizer as error:
+        raise UserError(f"{folder.name}{error}") from None
     return f"{tokenizer.get_vocab_size():,} tokens, end of document {tokenizer.eos_token} ({tokenizer.eos_id})"

@@ -94,6 +94,18 @@ def _split(argument: str) -> tuple[str, str]:
     return name, source
 
 
+def without_bos(tokenizer: "PreTrainedTokenizerBase", what: str) -> list[str]:
+    """A warning that a tokenizer does not begin texts with its BOS token, as documents begin in training; or none.
+
+    Args:
+        what: begins without it.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer.encode("a")[:1] == [bos]:
+        return []
+    return [f"{what} do not begin with {tokenizer.bos_token}, as documents do in training."]
+
+
 def load_pretrained(
     name: str, *, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -115,6 +127,10 @@ def load_pretrained(
     options = {"trust_remote_code": False, "token": hub_token(), "local_files_only": Path(name).is_dir()}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        # Nothing but what is asked for cuts or fills up a text.
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         placed = options | ({"device_map": "auto"} if device == SPREAD else {})
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **placed)
     except Exception as error:

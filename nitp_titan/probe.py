@@ -15,9 +15,9 @@ import torch
 from torch import nn, Tensor
 
 from nitp_titan.config import nearest, UserError
-from nitp_titan.documents import read_documents
+from nitp_titan.data.text_files import documents_of
 from nitp_titan.hidden_states import decoder_layers, measure
-from nitp_titan.pretrained import DTYPES, load_pretrained, Model, require
+from nitp_titan.pretrained import DTYPES, load_pretrained, Model, require, without_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +34,10 @@ class Settings:
     """
 
     text: Path
-    """Documents: paragraphs of a ``.txt`` file between blank lines; else JSON lines with an object each."""
+    """Documents: paragraphs of a ``.txt`` file between blank lines, rows of parquet, else JSON lines."""
 
     text_field: str = "text"
-    """Field of the JSON objects that holds the text."""
+    """Field of the objects or rows that holds the text."""
 
     seq_len: int = 512
     """The first so many tokens of a document are one sequence; the rest of it is not measured."""
@@ -91,7 +91,8 @@ def tokenized(
     total = 0
     for document in documents:
         # Cut here, not by the tokenizer: it would move the token that ends a document to the cut.
-        ids = tokenizer(document, verbose=False)["input_ids"][:seq_len]
+        # The string of a special token is text, as in training.
+        ids = tokenizer(document, verbose=False, split_special_tokens=True)["input_ids"][:seq_len]
         total += len(ids)
         if total > max_tokens:
             return
@@ -122,7 +123,7 @@ def say(line: str) -> None:
 def check(settings: Settings) -> None:
     """Raise UserError unless transformers is installed and the text holds the two documents that pairs need."""
     require("transformers")
-    number = len(list(islice(read_documents(settings.text, settings.text_field), 2)))
+    number = len(list(islice(documents_of(settings.text, settings.text_field), 2)))
     if number < 2:
         raise UserError(
             f"--text {settings.text} holds {number or 'no'} document{'s' * (number != 1)}; at least 2 are needed, "
@@ -171,14 +172,14 @@ def _probe_one(
 ) -> tuple[dict[str, Any], list[str]]:
     """Figures of a model and warnings; without a number of documents ``settings.tokens`` ends the text."""
     model, tokenizer = load_pretrained(source, dtype=settings.dtype, device=settings.torch_device())
-    warnings = []
+    warnings = without_bos(tokenizer, "sequences")
     config, seq_len = model.config.get_text_config(), settings.seq_len
     num_layers = len(decoder_layers(model.get_decoder()))
     longest = getattr(config, "max_position_embeddings", None) or seq_len
     if 0 < longest < seq_len:
         warnings.append(f"--seq-len {seq_len} is beyond its max_position_embeddings; {longest} is taken.")
         seq_len = longest
-    documents = islice(read_documents(settings.text, settings.text_field), num_documents)
+    documents = islice(documents_of(settings.text, settings.text_field), num_documents)
     limit = settings.tokens if num_documents is None else float("inf")
     sequences = list(tokenized(documents, tokenizer, seq_len, limit))
     _check_sequences(sequences, model, source, settings)

@@ -27,7 +27,7 @@ def main() -> None:
         "--model", nargs="+", action="append", required=True, metavar="[NAME=]MODEL", help="a folder, or owner/name"
     )
     parser.add_argument(
-        "--text", type=Path, required=True, help="JSON lines, or .txt with blank lines between documents"
+        "--text", type=Path, required=True, help="JSON lines, parquet, or .txt with blank lines between documents"
     )
     parser.add_argument("--text-field", default=Settings.text_field, help="field of the JSON lines (%(default)s)")
     parser.add_argument("--seq-len", type=int, default=Settings.seq_len, help="tokens per document (%(default)s)")

@@ -1,6 +1,7 @@
 """Text data: local files, Hugging Face datasets and weighted mixtures of them."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +21,15 @@ from nitp_titan.data.sources import (
     check_source,
     how_to_make,
     is_streamed,
+    left_out,
     open_source,
     Place,
     places_of,
+    said,
+    shared_text,
     tokens_of,
 )
+from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.tokenized import check_tokenizer, TokenFolder, TOKENS
 
 _WORKER_KEYS = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
@@ -40,8 +45,8 @@ class TextDataLoader(ParallelAwareDataloader):
     @dataclass(kw_only=True, slots=True)
     class Config(ParallelAwareDataloader.Config):
         dataset: str = "json"
-        """``json`` (JSON lines, also gzipped) or ``parquet`` for local files, ``tokens`` for a folder that
-        scripts/tokenize_data.py made, else a Hugging Face dataset ``owner/name``."""
+        """``json`` (JSON lines, also gzipped, and ``.txt``) or ``parquet`` for local files, ``tokens`` for a folder
+        that scripts/tokenize_data.py made, else a Hugging Face dataset ``owner/name``."""
 
         text_field: str | list[str] = "text"
         """Field of a document that holds its text; of several fields the texts are joined by an empty line."""
@@ -100,6 +105,10 @@ class TextDataLoader(ParallelAwareDataloader):
         opened = [_opened(place, tokenizer) for place in places]
         self.num_documents = [len(data) if isinstance(data, Dataset) else None for data, _ in opened]
         """Of every source; None for a streamed one."""
+        for place, (documents, _) in zip(places, opened):
+            logger.info(f"[{place.table}] {said(place, documents)}")
+            if dp_rank == 0 and (others := left_out(place)):
+                logger.warning(f"[{place.table}] {others}")
 
         def open_streams(source: int, states: dict[int, dict[str, Any] | None]) -> dict[int, Stream]:
             place, (data, encode) = places[source], opened[source]
@@ -195,7 +204,7 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _opened(place: Place, tokenizer: BaseTokenizer) -> tuple[Dataset | IterableDataset, Callable]:
+def _opened(place: Place, tokenizer: BaseTokenizer) -> tuple[Dataset | IterableDataset | TextStream, Callable]:
     """Documents of a source, and what gives the tokens of one."""
     if place.source.dataset == TOKENS:
         folder = TokenFolder(place)
@@ -221,6 +230,15 @@ def check_sources(config) -> None:
             for place in places_of(source, table):
                 if place.source.dataset == TOKENS:
                     check_tokenizer(place, config.hf_assets_path)
+    _warn_of_shared_text(sources)
+
+
+def _warn_of_shared_text(sources: dict[str, Any]) -> None:
+    places = [places_of(given, table) for table, given in sources.items() if isinstance(given, TextDataLoader.Config)]
+    if len(places) == 2 and (name := shared_text(*places)) and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            f"[validator.dataloader] reads '{name}', which [dataloader] trains on: its losses are not of new text."
+        )
 
 
 def check_dataset(config: TextDataLoader.Config, table: str = "dataloader") -> None:

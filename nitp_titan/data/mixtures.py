@@ -14,14 +14,14 @@ class TextSource:
     """One data set of a mixture and its share."""
 
     dataset: str = "json"
-    """``json`` (JSON lines, also gzipped) or ``parquet`` for local files, ``tokens`` for a folder that
+    """``json`` (JSON lines, also gzipped, and ``.txt``) or ``parquet`` for local files, ``tokens`` for a folder that
     scripts/tokenize_data.py made, else a Hugging Face dataset ``owner/name``."""
 
     weight: float = 1.0
     """Share of the packed sequences, hence of the tokens, relative to the other sources."""
 
     dataset_path: str | None = None
-    """File, folder or glob pattern of local files, or a folder of tokens."""
+    """File, folder or pattern of local files, or a folder of tokens."""
 
     text_field: str | list[str] = "text"
     """Field of a document that holds its text; of several fields the texts are joined by an empty line."""

@@ -25,7 +25,8 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.logging import logger
 
-from nitp_titan.errors import away
+from nitp_titan.data.text_sets import TextStream
+from nitp_titan.errors import away, surroundings, UserError
 
 # Of the shuffle of every epoch, plus its number; TorchTitan's text datasets have the same.
 _SHUFFLE_SEED = 42
@@ -55,7 +56,7 @@ class Batch(NamedTuple):
 
 
 def open_documents(
-    source: Dataset | IterableDataset,
+    source: Dataset | IterableDataset | TextStream,
     states: Mapping[int, dict[str, Any] | None],
     num_streams: int,
     *,
@@ -64,7 +65,7 @@ def open_documents(
     """Documents of some streams of a source.
 
     Args:
-        source: an indexed or a streamed data set of Hugging Face ``datasets``.
+        source: an indexed or a streamed data set.
         states: of each stream, from its documents' `state` to go on from, or None for the beginning.
         shuffle: whether an indexed source is shuffled in the first epoch too.
     """
@@ -137,7 +138,9 @@ class Reading:
         states: of each stream, from `StreamedDocuments.state` to go on from, or None for the beginning.
     """
 
-    def __init__(self, source: IterableDataset, num_streams: int, states: Mapping[int, dict[str, Any] | None]):
+    def __init__(
+        self, source: IterableDataset | TextStream, num_streams: int, states: Mapping[int, dict[str, Any] | None]
+    ):
         self._source, self._num_streams = source, num_streams
         # Of each stream, documents with the state after them; None is the end of an epoch.
         self._waiting: dict[int, deque[tuple[dict[str, Any], dict[str, Any]] | None]] = {s: deque() for s in states}
@@ -278,10 +281,13 @@ class Stream:
         state = self._documents.state()
         try:
             document = self._documents.next()
-        except Exception as error:
-            if gone := away(error, self._name):
-                raise gone from error
+        except UserError:
             raise
+        except Exception as error:
+            # `datasets` raises many types for a document that it cannot read.
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            line = away(error, self._name) or surroundings(error, self._name)
+            raise line or UserError(f"'{self._name}' cannot be read: {reason}") from error
         if document is None:
             if not self._infinite:
                 self._ended = True

@@ -1,28 +1,27 @@
 """Text sources as a config names them: where they are, whether they can be read, and the tokens of their documents."""
 
 import dataclasses
-import glob
-import gzip
-import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
-import pyarrow.parquet
 from datasets import Dataset, IterableDataset, load_dataset
-from torchtitan.components.tokenizer import BaseTokenizer
 
-from nitp_titan.config import nearest, UserError
+from nitp_titan.config import nearest, shown, UserError
 from nitp_titan.data.mixtures import MIXTURES, TextSource
+from nitp_titan.data.text_files import find_files, how_to_name, joined, read_file, TextError
+from nitp_titan.data.text_sets import indexed, TextStream
 from nitp_titan.data.tokenized import check_tokens, TOKENS
 from nitp_titan.errors import away
+from nitp_titan.files import fingerprint
 from nitp_titan.hub import TOKENIZERS, without_download_counts
 
-# Files of a folder. Plain *.json is left out: a folder of text often holds a manifest of that name.
-_PATTERNS = {"json": ("*.jsonl", "*.jsonl.gz", "*.json.gz"), "parquet": ("*.parquet",)}
-# Characters; a line without end must not fill the memory.
-_LONGEST_LINE = 100_000_000
+if TYPE_CHECKING:
+    from torchtitan.components.tokenizer import BaseTokenizer
+
+LOCAL = ("json", "parquet")
+"""What ``dataset`` calls local files."""
+
 _SOURCE_KEYS = [field.name for field in dataclasses.fields(TextSource) if field.name != "weight"]
 
 
@@ -41,6 +40,18 @@ class Place:
 
     def error(self, key: str, message: str) -> UserError:
         return UserError(f"[{self.table}] {self.prefix}{key}{message}", table=self.table, key=self.key or key)
+
+    def text_error(self, error: TextError) -> UserError:
+        """The error of a local file, with the setting that names it or its field."""
+        if error.is_field:
+            return self.error("text_field", f" = {self.source.text_field!r}: {error}")
+        return self.error("dataset_path", f": {error}")
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the fields that hold the text."""
+        fields = self.source.text_field
+        return [fields] if isinstance(fields, str) else fields
 
 
 def places_of(config, table: str) -> list[Place]:
@@ -81,7 +92,7 @@ def check_source(place: Place) -> None:
         raise place.error("weight", f" = {source.weight!r}, but it must be a finite number above 0.")
     if not source.text_field:
         raise place.error("text_field", f" = {source.text_field!r} names no field.")
-    if source.dataset in _PATTERNS:
+    if source.dataset in LOCAL:
         _check_files(place)
     elif source.dataset == TOKENS:
         check_tokens(place)
@@ -89,7 +100,7 @@ def check_source(place: Place) -> None:
         raise place.error(
             "dataset",
             f" = '{source.dataset}' is neither 'json' nor 'parquet' nor '{TOKENS}' nor a Hugging Face dataset "
-            f"'owner/name'.{nearest(source.dataset, [*_PATTERNS, TOKENS])}",
+            f"'owner/name'.{nearest(source.dataset, [*LOCAL, TOKENS])}",
         )
 
 
@@ -99,89 +110,120 @@ def _check_files(place: Place) -> None:
         raise place.error("dataset_path", f" is missing: dataset = '{source.dataset}' needs a file, folder or pattern.")
     files = local_files(source.dataset_path, source.dataset)
     if not files:
-        raise place.error(
-            "dataset_path", f" = '{source.dataset_path}' names no file.{how_to_make(source.dataset_path)}"
-        )
-    first, what = {
-        "json": (_first_json, "line 1 is not a JSON object"),
-        "parquet": (_first_row, "there is no first row: not a parquet file, or an empty one"),
-    }[source.dataset]
-    for file in files:
-        try:
-            document = first(file)
-        except (OSError, EOFError, ValueError, RecursionError, zlib.error):
-            document = None
-        if not isinstance(document, dict):
-            raise place.error("dataset_path", f": {file}, {what}.")
-        _text(document, place=place, where=f"{file}, {'line' if source.dataset == 'json' else 'row'} 1")
+        how = how_to_name(source.dataset_path, source.dataset) or how_to_make(source.dataset_path)
+        raise place.error("dataset_path", f" = '{source.dataset_path}' names no file.{how}")
+    try:
+        firsts = [next(read_file(file, place.fields, kind=source.dataset), None) for file in files]
+    except TextError as error:
+        raise place.text_error(error) from None
+    if not any(firsts):
+        raise place.error("dataset_path", f" = '{source.dataset_path}' holds no document.")
 
 
 def local_files(path: str, kind: str = "json") -> list[str]:
-    """Files that a path, a folder or a glob pattern names, sorted; of a folder those of the kind json or parquet."""
-    folder = Path(path)
-    patterns = [str(folder / pattern) for pattern in _PATTERNS.get(kind, ())] if folder.is_dir() else [path]
-    return sorted(name for pattern in patterns for name in glob.glob(pattern) if Path(name).is_file())
-
-
-def _first_json(file: str) -> Any:
-    opened = gzip.open if file.endswith(".gz") else open
-    with opened(file, "rt", encoding="utf-8") as stream:
-        return json.loads(stream.readline(_LONGEST_LINE))
-
-
-def _first_row(file: str) -> dict[str, Any] | None:
-    with pyarrow.parquet.ParquetFile(file) as parquet:
-        rows = (row for batch in parquet.iter_batches(batch_size=1) for row in batch.to_pylist())
-        return next(rows, None)
+    """Files that a path, a folder or a pattern names, sorted; of a folder those of the kind json or parquet."""
+    return find_files(path, kind).files
 
 
 def is_streamed(source: TextSource) -> bool:
     """Whether a source is read on the fly; else it is indexed."""
     if source.streaming is None:
-        return source.dataset not in (*_PATTERNS, TOKENS)
+        return source.dataset not in (*LOCAL, TOKENS)
     return source.streaming
 
 
-def open_source(place: Place) -> Dataset | IterableDataset:
-    """The data set of a source of text, indexed or streamed; UserError if it cannot be opened."""
-    source, path = place.source, place.name
-    is_local, streaming = source.dataset in _PATTERNS, is_streamed(source)
+def open_source(place: Place) -> Dataset | IterableDataset | TextStream:
+    """The data set of a source of text, indexed or streamed; UserError if it cannot be opened.
+
+    Local files are read whole where they are indexed, so that each of their documents is known to be a text.
+    """
+    source, path, streaming = place.source, place.name, is_streamed(place.source)
+    if source.dataset in LOCAL:
+        files = local_files(path, source.dataset)
+        if streaming:
+            return TextStream(files, place.fields, source.dataset, error=place.text_error)
+        try:
+            return indexed(files, place.fields, source.dataset)
+        except TextError as error:
+            raise place.text_error(error) from None
     without_download_counts()
     try:
-        if is_local:
-            files = local_files(path, source.dataset)
-            return load_dataset(source.dataset, data_files=files, split="train", streaming=streaming)
         return load_dataset(path, name=source.subset, split=source.split, streaming=streaming)
     except Exception as error:
-        if not is_local and (gone := away(error, path)):
+        if gone := away(error, path):
             raise gone from error
         # `datasets` raises many types here; each of them means that what the config names is wrong.
-        kinds = {"json": "line is a JSON object", "parquet": "file is a table"}
-        said = (
-            f" = '{path}': not every {kinds[source.dataset]} with the fields of the first"
-            if is_local
-            else f" = '{path}' (subset {source.subset!r}, split {source.split!r}) could not be opened"
-        )
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise place.error("dataset_path" if is_local else "dataset", f"{said}: {reason}") from error
+        what = f" = '{path}' (subset {source.subset!r}, split {source.split!r}) could not be opened"
+        raise place.error("dataset", f"{what}: {reason}") from error
 
 
-def _text(document: dict[str, Any], *, place: Place, where: str | None = None) -> str:
+def said(place: Place, documents: Dataset | IterableDataset | TextStream) -> str:
+    """What is read of a source, in words: files, documents, or bytes where it is streamed."""
+    source, counts = place.source, []
+    if source.dataset in LOCAL:
+        files = local_files(place.name, source.dataset)
+        counts.append(_count(len(files), "file"))
+        if is_streamed(source):
+            counts.append(f"{sum(Path(file).stat().st_size for file in files):,} bytes")
+    if isinstance(documents, Dataset):
+        counts.append(_count(len(documents), "document"))
+    streamed = ["streamed"] if is_streamed(source) else []
+    return f"'{place.name}': {', '.join(counts + streamed)}"
+
+
+def left_out(place: Place) -> str | None:
+    """Of a source's folder or pattern what is there and is not read, in words; None if there is nothing."""
     source = place.source
-    fields = [source.text_field] if isinstance(source.text_field, str) else source.text_field
-    for name in fields:
-        if not isinstance(document.get(name), str):
-            where = where or f"dataset '{place.name}'"
-            raise place.error(
-                "text_field",
-                f" = '{name}': a document of {where} has no such text.{nearest(name, list(document))}",
-            )
-    return "\n\n".join(document[name] for name in fields)
+    others = find_files(place.name, source.dataset).left_out if source.dataset in LOCAL else []
+    if not others:
+        return None
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return f"'{place.name}': not read: {', '.join(others[:3])}{more} (of another ending, or a dead link)"
 
 
-def tokens_of(document: dict[str, Any], *, place: Place, tokenizer: BaseTokenizer) -> list[int]:
-    """Tokens of a document, with those that begin and end it."""
-    return tokenizer.encode(_text(document, place=place), add_bos=True, add_eos=True)
+def shared_text(places: list[Place], others: list[Place]) -> str | None:
+    """Name of a text of ``others`` that is one of ``places`` too, whatever a local file is called; None without one."""
+    named = {_identity(place.source) for place in places}
+    sizes: dict[int, list[str]] = {}
+    for file in _files(places):
+        sizes.setdefault(Path(file).stat().st_size, []).append(file)
+    for file in _files(others):
+        alike = sizes.get(Path(file).stat().st_size, [])
+        if any(fingerprint(file) == fingerprint(one) for one in alike):
+            return file
+    return next((place.name for place in others if _identity(place.source) in named), None)
+
+
+def _files(places: list[Place]) -> list[str]:
+    local = [place for place in places if place.source.dataset in LOCAL]
+    return [file for place in local for file in local_files(place.name, place.source.dataset)]
+
+
+def _identity(source: TextSource) -> tuple:
+    path = source.dataset_path and Path(source.dataset_path).resolve()
+    return source.dataset, path, source.subset, source.split
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _text(document: dict[str, Any], place: Place) -> str:
+    if place.source.dataset in LOCAL:
+        return document["text"]
+
+    def error(found: str, is_field: bool = False) -> UserError:
+        return place.error(
+            "text_field", f" = {place.source.text_field!r}: a document of '{place.name}', {shown(document)}: {found}"
+        )
+
+    return joined(document, place.fields, error)
+
+
+def tokens_of(document: dict[str, Any], *, place: Place, tokenizer: "BaseTokenizer") -> list[int]:
+    """Tokens of a document of `open_source`, with those that begin and end it."""
+    return tokenizer.encode(_text(document, place), add_bos=True, add_eos=True)
 
 
 def how_to_make(path: str) -> str:

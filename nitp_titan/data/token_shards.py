@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.components.tokenizer import BaseTokenizer
 
+from nitp_titan import tokenizer as text_tokenizer
 from nitp_titan.config import UserError
 from nitp_titan.data.sources import Place, tokens_of
+from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.tokenized import (
     dtype_for,
     MANIFEST,
@@ -44,20 +46,17 @@ class FlagPlace(Place):
 
 def load_tokenizer(folder: str) -> BaseTokenizer:
     """A tokenizer as training reads it; UserError if there is none."""
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer {folder} holds no tokenizer.json.")
     try:
-        return HuggingFaceTokenizer(HuggingFaceTokenizer.Config(), tokenizer_path=folder)
-    except Exception as error:
-        # The tokenizers' library raises nothing narrower.
-        raise UserError(f"--tokenizer {folder} does not load: {type(error).__name__}: {error}") from None
+        return text_tokenizer.load_tokenizer(folder)
+    except text_tokenizer.UnfitTokenizer as error:
+        raise UserError(f"--tokenizer {folder}{error}") from None
 
 
 @dataclass(frozen=True)
 class Job:
     """A source that is cut into shards, its tokenizer and the folder of its tokens: what a worker has to know."""
 
-    data: Dataset | IterableDataset
+    data: Dataset | IterableDataset | TextStream
     place: Place
     tokenizer: str
     vocab_size: int
@@ -87,18 +86,20 @@ class Job:
         facts = dataclasses.asdict(Shard(part, num_documents, num_tokens, digest.hexdigest()))
         write_durably(self._note(shard), json.dumps(facts))
 
-    def _part(self, shard: int) -> tuple[Dataset | IterableDataset, str]:
+    def _part(self, shard: int) -> tuple[Dataset | IterableDataset | TextStream, str]:
         unit, total = ("files", self.data.num_shards) if self.num_documents is None else ("documents", len(self.data))
         size, longer = divmod(total, self.num_shards)
         first = shard * size + min(shard, longer)
         end = first + size + (shard < longer)
         return self.data.shard(self.num_shards, shard, contiguous=True), f"{unit} {first}:{end}"
 
-    def _read(self, rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
+    def _read(self, rows: Dataset | IterableDataset | TextStream) -> Iterator[dict[str, Any]]:
         documents, key = iter(rows), "dataset_path" if self.place.source.dataset_path else "dataset"
         while True:
             try:
                 row = next(documents, None)
+            except UserError:
+                raise
             except Exception as error:
                 # `datasets` raises many types for a file that it cannot read.
                 reason = (str(error).splitlines() or [""])[0]

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from datasets import Dataset, IterableDataset
 
 from nitp_titan.config import UserError
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.data.sources import check_source, is_streamed, local_files, open_source, Place
+from nitp_titan.data.sources import check_source, is_streamed, left_out, local_files, open_source, Place, said
+from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.token_shards import FlagPlace, Job, load_tokenizer, write_durably
 from nitp_titan.data.token_workers import write_shards
 from nitp_titan.data.tokenized import MANIFEST, Manifest, tokenizer_hashes, TOKENS, UNFINISHED
+from nitp_titan.files import sha256
 from nitp_titan.run.run_folder import changed_values, listed, shown_setting
 
 MIN_SHARDS = 64
@@ -31,13 +34,19 @@ MAX_SHARD_BYTES = 2**28
 _SETTINGS = "settings.json"
 
 
-def settings_of(source: TextSource, tokenizer: str) -> dict[str, Any]:
-    """Entries of the manifest that say what is tokenized, in files of any number."""
+def settings_of(source: TextSource, tokenizer: str, num_threads: int = 1) -> dict[str, Any]:
+    """Entries of the manifest that say what is tokenized, in files of any number.
+
+    Local files are hashed whole: that takes a small part of the time of tokenizing them, and no edit goes unseen.
+    """
     entries = {key: value for key, value in dataclasses.asdict(source).items() if key != "weight"}
     entries["streaming"] = is_streamed(source)
     if source.dataset_path:
+        files = local_files(source.dataset_path, source.dataset)
+        with ThreadPoolExecutor(num_threads) as threads:
+            hashes = list(threads.map(sha256, map(Path, files)))
         entries["files"] = {
-            file: Path(file).stat().st_size for file in local_files(source.dataset_path, source.dataset)
+            file: {"bytes": Path(file).stat().st_size, "sha256": digest} for file, digest in zip(files, hashes)
         }
     return {"source": entries, "tokenizer_files": tokenizer_hashes(tokenizer)}
 
@@ -68,9 +77,8 @@ def _refuse_other(folder: Path, before: dict[str, Any], settings: dict[str, Any]
 def _named(source: dict[str, Any], tokenizer_files: dict[str, str], num_shards: int) -> dict[str, Any]:
     """Settings by the names that messages give them."""
     flags = {f"--{key.replace('_', '-')}": value for key, value in source.items() if key != "files"}
-    sizes = {f"size of {file}": size for file, size in source.get("files", {}).items()}
-    hashes = {f"hash of {name}": digest[:12] for name, digest in tokenizer_files.items()}
-    return {**flags, **sizes, **hashes, "--num-shards": num_shards}
+    hashes = {file: facts["sha256"] for file, facts in source.get("files", {}).items()} | tokenizer_files
+    return {**flags, **{f"hash of {name}": digest[:12] for name, digest in hashes.items()}, "--num-shards": num_shards}
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -120,7 +128,7 @@ def open_job(source: TextSource, tokenizer: str, folder: Path, settings: dict[st
     return Job(data, place, tokenizer, load_tokenizer(tokenizer).get_vocab_size(), folder, num_shards)
 
 
-def _num_shards(data: Dataset | IterableDataset, place: Place, wanted: int | None) -> int:
+def _num_shards(data: Dataset | IterableDataset | TextStream, place: Place, wanted: int | None) -> int:
     if isinstance(data, Dataset):
         most, unit = len(data), "documents"
         default = min(most, max(MIN_SHARDS, math.ceil(data.data.nbytes / MAX_SHARD_BYTES)))
@@ -169,12 +177,15 @@ def tokenize(
     """
     check(source)
     load_tokenizer(tokenizer)
-    settings = settings_of(source, tokenizer)
+    settings = settings_of(source, tokenizer, num_workers)
     if manifest := finished(folder, settings, num_shards):
         return manifest, False
     try:
         with alone_in(folder):
             job = open_job(source, tokenizer, folder, settings, num_shards)
+            say(said(job.place, job.data))
+            if others := left_out(job.place):
+                say(f"warning: {others}")
             write_shards(job, num_workers, say)
             return job.finish(settings), True
     except OSError as error:

@@ -69,7 +69,7 @@ class Manifest:
     """What a folder of tokens holds."""
 
     source: dict[str, Any]
-    """Settings of the text as ``[dataloader]`` names them; of local files also ``files`` with their bytes."""
+    """Settings of the text as ``[dataloader]`` names them; of local files also their bytes and sha256."""
 
     tokenizer: str
     """Folder of the tokenizer, as it was named."""

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from nitp_titan.config import UserError
-from nitp_titan.documents import read_documents
+from nitp_titan.data.text_files import documents_of
 from nitp_titan.files import read_own, sha256
 
 DEFAULT_TEXT = Path("assets/stdlib/validation.jsonl")
@@ -61,7 +61,7 @@ def prepare(text: Path, folder: Path, field: str = "text") -> dict:
     """Write the two tasks of a text into ``folder``, unless they are there. They appear together or not at all.
 
     Args:
-        text: JSON lines, or a ``.txt`` with blank lines between documents.
+        text: JSON lines, parquet, or a ``.txt`` with blank lines between documents.
         field: field of a line that holds its text.
 
     Returns:
@@ -70,7 +70,9 @@ def prepare(text: Path, folder: Path, field: str = "text") -> dict:
     Raises:
         UserError: if the text cannot be read, or has too few documents of enough length.
     """
-    documents, digest = list(read_documents(text, field)), sha256(text)
+    # The harness has no perplexity of a blank document.
+    documents = [document for document in documents_of(text, field) if document.strip()]
+    digest = sha256(text)
     made_from = {"format": _FORMAT, "text": str(text), "field": field, "sha256": digest, "folder": _absolute(folder)}
     known = _manifest(folder)
     if known and {key: known.get(key) for key in made_from} == made_from:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,17 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from tqdm import tqdm
 
-from nitp_titan.data.loader import check_dataset, TextDataLoader
-from nitp_titan.errors import surroundings, UserError
+from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.data.text_files import documents_of, kind_of
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation.models import LoadedModel, num_positions
 from nitp_titan.evaluation.plan import Plan, Row, Task
 from nitp_titan.evaluation.scores import ratio, Score
 from nitp_titan.files import sha256
 from nitp_titan.hub import hub_token
 from nitp_titan.pretrained import Model
+from nitp_titan.tokenizer import load_tokenizer, TextTokenizer, UnfitTokenizer
 
 # The paper's context: what longer ones add is little, and a batch's logits would need more memory.
 LONGEST_DEFAULT = 8192
@@ -39,17 +39,17 @@ def plan(text: Path, field: str, seq_len: int | None, models: Sequence[Model]) -
     """The task of a text, for models that all see the same sequence length.
 
     Args:
-        text: JSON lines.
-        field: field of a line that holds its text.
+        text: a file of JSON lines, parquet or plain text.
+        field: field of a document that holds its text.
         seq_len: tokens per sequence; by default the smallest of the models' ``max_position_embeddings``, at most 8192.
 
     Raises:
-        UserError: if the text or its first document cannot be read, or ``seq_len`` is too small or too large.
+        UserError: if a document of the text cannot be read, or ``seq_len`` is too small or too large.
     """
-    if not text.is_file():
-        raise UserError(f"--text {text} is not a file.")
-    with _flags():
-        check_dataset(_source(text, field), "text")
+    # All of it: nothing of a text that is found bad later would be of use.
+    count = sum(1 for _ in documents_of(text, field))
+    if not count:
+        raise UserError(f"--text {text} holds no document.")
     limits = {model.name: num_positions(model.source) for model in models}
     if seq_len is None:
         seq_len = min([LONGEST_DEFAULT, *(limit for limit in limits.values() if limit)])
@@ -64,8 +64,8 @@ def plan(text: Path, field: str, seq_len: int | None, models: Sequence[Model]) -
         for metric in ("cross_entropy", "perplexity", "bits_per_byte")
     ]
     note = (
-        f"{text} is packed in sequences of {seq_len} tokens ({rule}); cross-entropy in nats per token, end of document "
-        "included; standard errors are over documents."
+        f"{text} ({count:,} document{'s' * (count != 1)}) is packed in sequences of {seq_len} tokens ({rule}); "
+        "cross-entropy in nats per token, end of document included; standard errors are over documents."
     )
     return Plan([Task(name, settings, partial(measure, text, field, seq_len))], rows, notes=[note])
 
@@ -79,27 +79,16 @@ def _check_length(seq_len: int, limits: dict[str, int | None]) -> None:
 
 
 def _source(text: Path, field: str) -> TextDataLoader.Config:
-    return TextDataLoader.Config(dataset="json", dataset_path=str(text), text_field=field, infinite=False)
+    # Each model reads it once.
+    source = {"dataset": kind_of(text), "dataset_path": str(text), "text_field": field, "streaming": True}
+    return TextDataLoader.Config(**source, infinite=False)
 
 
-@contextmanager
-def _flags() -> Iterator[None]:
-    """Name our flags in the errors of the data loader, which name its settings."""
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-        for table in ("text", "dataloader"):
-            for key, flag in (("dataset_path", "--text"), ("text_field", "--text-field")):
-                message = message.replace(f"[{table}] {key} = ", f"{flag} ").replace(f"[{table}] {key}", flag)
-        raise UserError(message) from None
-
-
-class _Documents(HuggingFaceTokenizer):
+class _Documents(TextTokenizer):
     """The training tokenizer, which notes what it has encoded: predicted tokens and their bytes by document."""
 
     def __init__(self, folder: str):
-        super().__init__(HuggingFaceTokenizer.Config(), tokenizer_path=folder)
+        super().__init__(tokenizer_path=folder)
         self.num_tokens: list[int] = []
         self.num_bytes: list[int] = []
         self.texts, self.tokens = hashlib.sha256(), hashlib.sha256()
@@ -133,20 +122,19 @@ def measure(text: Path, field: str, seq_len: int, loaded: LoadedModel) -> dict[s
     """Scores ``cross_entropy`` (nats per token), ``perplexity`` and ``bits_per_byte`` of a text.
 
     Raises:
-        UserError: if a document lacks the field, or the model's tokenizer does not load.
+        UserError: if the model's tokenizer does not load or does not end a document.
     """
     tokenizer = _tokenizer(loaded.source)
-    with _flags():
-        loader = TextDataLoader(
-            _source(text, field),
-            dp_world_size=1,
-            dp_rank=0,
-            tokenizer=tokenizer,
-            seq_len=seq_len,
-            local_batch_size=loaded.batch_size,
-        )
-        batches = tqdm(loader, desc=text.name, unit=" batches", mininterval=1.0)
-        nats = torch.cat([_nats(loaded.model, *batch) for batch in batches] or [torch.zeros(0)])
+    loader = TextDataLoader(
+        _source(text, field),
+        dp_world_size=1,
+        dp_rank=0,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        local_batch_size=loaded.batch_size,
+    )
+    batches = tqdm(loader, desc=text.name, unit=" batches", mininterval=1.0)
+    nats = torch.cat([_nats(loaded.model, *batch) for batch in batches] or [torch.zeros(0)])
     by_document = [float(part.sum()) for part in nats.split(tokenizer.num_tokens)]
     if not sum(tokenizer.num_tokens) or not sum(tokenizer.num_bytes):
         raise UserError(f"--text {text} holds no text.")
@@ -170,11 +158,11 @@ def _tokenizer(source: str) -> _Documents:
         patterns = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"]
         folder = snapshot_download(source, allow_patterns=patterns, token=hub_token())
     try:
-        return _Documents(folder)
-    except Exception as error:
-        # The `tokenizers` library raises plain Exception for a broken file.
-        reason = next(iter(str(error).splitlines()), "")
-        raise surroundings(error, str(source)) or UserError(f"{source}: its tokenizer does not load as in training: {reason}") from error
+        # For its checks: what the other encodes, counts.
+        load_tokenizer(folder)
+    except UnfitTokenizer as error:
+        raise UserError(f"{source}{error}") from None
+    return _Documents(folder)
 
 
 def _nats(model, inputs: dict[str, Tensor], labels_BL: Tensor) -> Tensor:

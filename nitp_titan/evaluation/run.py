@@ -13,7 +13,7 @@ from nitp_titan.evaluation.plan import Plan, Task
 from nitp_titan.evaluation.scores import Score
 from nitp_titan.evaluation.store import ResultStore
 from nitp_titan.metrics import time_left
-from nitp_titan.pretrained import load_pretrained, Model
+from nitp_titan.pretrained import load_pretrained, Model, without_bos
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ def evaluate(models: Sequence[Model], plan: Plan, settings: Settings) -> Results
 
 def _load(model: Model, settings: Settings) -> LoadedModel:
     network, tokenizer = load_pretrained(model.source, dtype=settings.dtype, device=settings.device)
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer.encode("a")[0] != bos:
-        print(f"warning: {model.name}: prompts do not begin with {tokenizer.bos_token}, as documents do in training")
+    for line in without_bos(tokenizer, "prompts"):
+        print(f"warning: {model.name}: {line}")
     return LoadedModel(model.source, network, tokenizer, settings.batch_size)
 
 

@@ -16,7 +16,6 @@ from huggingface_hub import split_state_dict_into_shards_factory, StateDictSplit
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
@@ -28,6 +27,7 @@ from nitp_titan.hf.config import require
 from nitp_titan.models import hf_config, meta_tensors
 from nitp_titan.overrides import overridden
 from nitp_titan.pretrained import DTYPES
+from nitp_titan.tokenizer import TextTokenizer
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -273,7 +273,7 @@ def _without_counterpart(sources: dict[str, dict[str, Tensor]], settings: dict[s
     return [name for name, tensors in sources.items() if not tensors and name not in tied]
 
 
-def _tokenizer(folder: Path, vocab_size: int) -> HuggingFaceTokenizer:
+def _tokenizer(folder: Path, vocab_size: int) -> TextTokenizer:
     """The tokenizer as training sees it; UserError if it is missing or larger than the model's vocabulary."""
     missing = [file for file in _TOKENIZER_FILES if not (folder / file).is_file()]
     if missing:
@@ -281,7 +281,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> HuggingFaceTokenizer:
             f"{folder} holds no {missing[0]}. It is the tokenizer of the recipe (hf_assets_path): start from the "
             "folder that training was started in, or name it with --tokenizer."
         )
-    tokenizer = HuggingFaceTokenizer(HuggingFaceTokenizer.Config(), tokenizer_path=str(folder))
+    tokenizer = TextTokenizer(tokenizer_path=str(folder))
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"{folder} has {tokenizer.get_vocab_size()} tokens, more than the model's vocabulary of {vocab_size}."

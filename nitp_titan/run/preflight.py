@@ -17,6 +17,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.filesystem import is_remote
 
 from nitp_titan.errors import surroundings, UserError
+from nitp_titan.tokenizer import check_end_of_document, UnfitTokenizer
 
 # TorchTitan asks this variable for what begins its log.
 _LOG_FACTORY = "TITAN_STRUCT_LOGGER_HANDLERS"
@@ -38,6 +39,9 @@ def _check_tokenizer(config, spec: ModelSpec) -> None:
     path, vocab_size = config.hf_assets_path, spec.model.vocab_size
     try:
         tokenizer: BaseTokenizer = config.tokenizer.build(tokenizer_path=path)
+        check_end_of_document(tokenizer)
+    except UnfitTokenizer as error:
+        raise UserError(f"hf_assets_path = '{path}'{error}", table="", key="hf_assets_path") from None
     except Exception as error:
         # The tokenizers' library raises nothing narrower.
         reason = f"holds no tokenizer that loads: {type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan import assets as stdlib
 from nitp_titan.config import UserError
-from nitp_titan.data.loader import check_dataset, TextDataLoader
+from nitp_titan.data.loader import check_dataset, check_sources, TextDataLoader
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,10 @@ def test_folders_and_patterns_name_all_their_files(tokenizer, tmp_path):
     [
         (None, {}, r"\[dataloader\] dataset_path = '.*mine.jsonl' names no file"),
         ("", {"dataset_path": None}, r"\[dataloader\] dataset_path is missing"),
-        ('{"txt": "x"}\n', {}, r"text_field = 'text': a document of .*line 1 has no such text. Did you mean 'txt'"),
-        ('{"text": 3}\n', {}, r"text_field = 'text': a document of .*line 1 has no such text"),
-        ("plain text\n", {}, r"mine.jsonl, line 1 is not a JSON object"),
-        ("", {}, r"mine.jsonl, line 1 is not a JSON object"),
+        ('{"txt": "x"}\n', {}, r"text_field = 'text': .*, line 1: there is no field 'text'. Did you mean 'txt'"),
+        ('{"text": 3}\n', {}, r"dataset_path: .*, line 1: 'text' is 3 and not a text"),
+        ("plain text\n", {}, r"mine.jsonl, line 1: no JSON object but 'plain text'"),
+        ("", {}, r"dataset_path = '.*mine.jsonl' holds no document"),
     ],
 )
 def test_a_wrong_path_or_field_is_named(tmp_path, lines, options, message):
@@ -127,12 +127,33 @@ def test_missing_assets_are_named_before_anything_is_built(assets, tmp_path):
     assert not (tmp_path / "resolved.toml").exists()
 
 
+def test_validation_on_a_text_of_training_is_warned_of(assets, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((assets / "train.jsonl").read_bytes())
+    config = make_config(tmp_path, generated_data=False)
+    train, hub = str(assets / "train.jsonl"), {"dataset": "owner/name"}
+    for training, validation, expected in (
+        ({"dataset_path": train}, {"dataset_path": str(assets / "validation.jsonl")}, None),
+        ({"dataset_path": train}, {"dataset_path": str(copy)}, copy),
+        ({"dataset_path": str(tmp_path)}, {"dataset_path": train, "streaming": True}, train),
+        (hub, {**hub, "split": "validation"}, None),
+        (hub, hub, "owner/name"),
+    ):
+        caplog.clear()
+        loader = TextDataLoader.Config(**validation)
+        validator = dataclasses.replace(config.validator, enable=True, dataloader=loader)
+        check_sources(
+            dataclasses.replace(config, dataloader=TextDataLoader.Config(**training), validator=validator)
+        )
+        said = [message for message in caplog.messages if "which [dataloader] trains on" in message]
+        assert len(said) == (expected is not None) and all(f"reads '{expected}'" in message for message in said)
+
+
 def test_a_document_without_text_in_the_middle_is_named(tokenizer, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"text": "good"}\n{"other": "bad"}\n')
-    with pytest.raises(
-        UserError, match="mine.jsonl': not every line is a JSON object with the fields of the first: KeyError: 'text'"
-    ):
+    with pytest.raises(UserError, match=r"mine.jsonl, line 2: there is no field 'text'. Choose from: other."):
         next(iter(_loader(tokenizer, dataset_path=str(path), infinite=False)))
 
 
@@ -143,8 +164,10 @@ def test_a_hugging_face_dataset_is_opened_by_name_and_a_failure_is_one_line(toke
 
     def load(path, **options):
         seen.update(path=path, **options)
-        if path == "someone/missing":
+        if path == "someone/away":
             raise ConnectionError("offline\nand a long story")
+        if path == "someone/wrong":
+            raise ValueError("no such split\nand a long story")
         rows = datasets.Dataset.from_dict({"content": ["some words " * 200]})
         return rows.to_iterable_dataset()
 
@@ -152,10 +175,12 @@ def test_a_hugging_face_dataset_is_opened_by_name_and_a_failure_is_one_line(toke
     loader = _loader(tokenizer, dataset="someone/Corpus", subset="en", split="validation", text_field="content")
     assert next(iter(loader))[0]["input"].shape == (2, 64)
     assert seen == {"path": "someone/Corpus", "name": "en", "split": "validation", "streaming": True}
-    with pytest.raises(
-        UserError, match=r"dataset = 'someone/missing' .* could not be opened: ConnectionError: offline$"
+    for name, message in (
+        ("someone/away", r"^someone/away: it does not answer \(ConnectionError: offline\)\.$"),
+        ("someone/wrong", r"dataset = 'someone/wrong' .* could not be opened: ValueError: no such split$"),
     ):
-        _loader(tokenizer, dataset="someone/missing")
+        with pytest.raises(UserError, match=message):
+            _loader(tokenizer, dataset=name)
 
 
 def test_a_loader_continues_where_its_state_was_taken(tokenizer, assets):
@@ -168,3 +193,21 @@ def test_a_loader_continues_where_its_state_was_taken(tokenizer, assets):
     again = _loader(tokenizer, dataset_path=str(assets / "train.jsonl"))
     again.load_state_dict(state)
     assert torch.equal(next(iter(again))[0]["input"], expected)
+
+
+def test_a_document_that_datasets_cannot_read_is_one_line(tokenizer, monkeypatch):
+    import datasets
+
+    def rows():
+        yield {"text": "some words " * 9}
+        raise ValueError("Couldn't cast\nand a long story")
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr("nitp_titan.data.sources.load_dataset", lambda *arguments, **options: stream)
+    loader = _loader(tokenizer, dataset="owner/name", infinite=False)
+    with pytest.raises(UserError, match=r"^'owner/name' cannot be read: \w+: [^\n]*$"):
+        list(loader)
+    bad = datasets.Dataset.from_dict({"text": [None], "id": ["doc-7"]}).to_iterable_dataset()
+    monkeypatch.setattr("nitp_titan.data.sources.load_dataset", lambda *arguments, **options: bad)
+    with pytest.raises(UserError, match=r"a document of 'owner/name', .*'doc-7'.*: 'text' is null and not a text"):
+        list(_loader(tokenizer, dataset="owner/name", infinite=False))

@@ -45,13 +45,13 @@ def _zipped(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.parquet", b"no table", "x.parquet, there is no first row"),
-        ("x.jsonl.gz", b"not gzipped", "x.jsonl.gz, line 1 is not a JSON object"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "cut off"}', mtime=0)[:-12], "x.jsonl.gz, line 1 is not a JSON object"),
+        ("x.parquet", b"no table", "dataset_path: .*x.parquet is no parquet file that can be read"),
+        ("x.jsonl.gz", b"not gzipped", "dataset_path: .*x.jsonl.gz, line 1: no JSON object but 'not gzipped'"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "cut off"}', mtime=0)[:-12], "x.jsonl.gz, line 1 or later: the "),
         (
             "x.jsonl.gz",
             gzip.compress(b'{"txt": ""}', mtime=0),
-            "a document of .*x.jsonl.gz, line 1 .* Did you mean 'txt'",
+            "text_field = 'text': .*x.jsonl.gz, line 1: there is no field 'text'. Did you mean 'txt'",
         ),
     ],
 )
@@ -68,9 +68,9 @@ def test_a_wrong_file_of_a_mixture_is_named(tmp_path, monkeypatch, name, content
 def test_a_parquet_table_without_the_field_or_without_rows_is_named(tmp_path):
     empty = pyarrow.Table.from_pylist([], schema=pyarrow.schema([("text", pyarrow.string())]))
     for table, message in (
-        (empty, "there is no first row"),
-        (pyarrow.Table.from_pylist([{"body": "x"}]), r"a document of .*x.parquet, row 1 has no such text"),
-        (pyarrow.Table.from_pylist([{"text": 1}]), r"a document of .*x.parquet, row 1 has no such text"),
+        (empty, "dataset_path = '.*' holds no document"),
+        (pyarrow.Table.from_pylist([{"body": "x"}]), "text_field = 'text': .*x.parquet has no column 'text'. Choose"),
+        (pyarrow.Table.from_pylist([{"text": 1}]), "x.parquet, row group 1, row 1: 'text' is 1 and not a text"),
     ):
         pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
         with pytest.raises(UserError, match=message):

@@ -229,7 +229,7 @@ def test_the_texts_of_several_fields_are_joined_by_an_empty_line(tmp_path):
     path = _write(tmp_path / "a", rows)
     loader = _loader(dataset_path=path, text_field=["problem", "solution"])
     assert _texts(_take(iter(loader), 1))[0].startswith("1 + 1?\n\nIt is 2, as everyone")
-    with pytest.raises(UserError, match=r"text_field = 'solutio': a document of .* Did you mean 'solution'"):
+    with pytest.raises(UserError, match=r"line 1: there is no field 'solutio'. Did you mean 'solution'"):
         check_dataset(TextDataLoader.Config(dataset_path=path, text_field=["problem", "solutio"]))
 
 

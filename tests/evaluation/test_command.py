@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -211,10 +212,10 @@ def test_two_models_of_one_name_are_refused(workplace, monkeypatch):
     ("content", "arguments", "message"),
     [
         ('{"text": "a"}\n', "", "the continuations need 4 documents of more than 500 characters."),
-        ('{"text": "a"}\n{"body": "b"}\n', "", "{file}, line 2: there is no --text-field 'text'."),
-        ('{"text": "a"}\n[1]\n', "", "{file}, line 2: an object with the field 'text' must stand in every line."),
-        ('{"text": "a"}\n', "--text-field txt", "{file}, line 1: there is no --text-field 'txt'. Did you mean 'text'?"),
-        (None, "", "--text {file} cannot be read: No such file or directory."),
+        ('{"text": "a"}\n{"body": "b"}\n', "", "--text-field 'text': {file}, line 2: there is no field 'text'."),
+        ('{"text": "a"}\n[1]\n', "", "--text: {file}, line 2: a list [1] and not an object with the field 'text'"),
+        ('{"text": "a"}\n', "--text-field txt", "line 1: there is no field 'txt'. Did you mean 'text'?"),
+        (None, "", "--text {file} is not a file."),
     ],
 )
 def test_mistakes_in_a_text_are_named(content, arguments, message, tmp_path, monkeypatch):
@@ -235,16 +236,17 @@ def test_a_folder_of_something_else_is_not_replaced(workplace, tmp_path):
 
 
 def test_a_run_in_which_nothing_ran_says_why(workplace, tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "a"}\n{"text": null}\n')
-    command = [sys.executable, "scripts/evaluate.py", "--model", f"{workplace}/ntp", "--text", str(text)]
+    model = shutil.copytree(workplace / "ntp", tmp_path / "ntp")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    text = workplace / "text.jsonl"
+    command = [sys.executable, "scripts/evaluate.py", "--model", str(model), "--text", str(text)]
     done = subprocess.run(
         [*command, "--out", f"{tmp_path}/out"], env=os.environ | ONE_THREAD, capture_output=True, text=True
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert (
-        last.startswith("error: text-text of ntp was not run: --text-field 'text': a document of")
+        last.startswith(f"error: text-text of ntp was not run: {model} has no token that ends a document")
         and "Traceback" not in done.stderr
     )
     assert not (tmp_path / "out/results.md").exists()

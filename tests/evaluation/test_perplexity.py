@@ -196,10 +196,10 @@ def test_the_sequence_is_as_long_as_every_model_allows(folder, text, tmp_path):
     [
         (dict(seq_len=1), "--seq-len 1: at least 2."),
         (dict(seq_len=513), "--seq-len 513: at most 512, the max_position_embeddings of llama."),
-        (dict(field="txt"), r"--text-field 'txt': a document of .*, line 1 has no such text. Did you mean 'text'"),
+        (dict(field="txt"), r"--text-field 'txt': .*, line 1: there is no field 'txt'. Did you mean 'text'"),
         (dict(text="missing.jsonl"), "--text missing.jsonl is not a file."),
         (dict(text="assets"), "--text assets is not a file."),
-        (dict(text="README.md"), r"--text: README.md, line 1 is not a JSON object."),
+        (dict(text="README.md"), r"--text: README.md, line 1: no JSON object but '# "),
     ],
 )
 def test_mistakes_are_named(changes, message, folder, text):
@@ -209,11 +209,11 @@ def test_mistakes_are_named(changes, message, folder, text):
         perplexity.plan(Path(settings["text"]), settings["field"], settings["seq_len"], models)
 
 
-def test_a_later_document_without_the_field_is_named(folder, tmp_path):
+def test_a_later_document_without_the_field_is_named_before_a_model_is_loaded(folder, tmp_path):
     path = write_text(tmp_path / "text.jsonl", ["a"])
     path.write_text(path.read_text() + json.dumps({"text": None}) + "\n")
-    with pytest.raises(UserError, match="--text-field 'text': a document of"):
-        perplexity.measure(path, "text", SEQ_LEN, load(folder))
+    with pytest.raises(UserError, match="--text: .*text.jsonl, line 2: 'text' is null and not a text."):
+        perplexity.plan(path, "text", SEQ_LEN, read_models([str(folder)]))
 
 
 def test_a_text_without_text_is_refused(folder, tmp_path):
