@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def free_path(path: Path) -> Path:
+    """The path if there is nothing yet, else ``<path>.1`` or the next number that is free."""
+    names = chain([path], (path.with_name(f"{path.name}.{number}") for number in count(1)))
+    return next(other for other in names if not os.path.lexists(other))
 
 
 def read_own(path: Path) -> dict[str, Any] | None:

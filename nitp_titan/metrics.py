@@ -22,7 +22,7 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.logging import logger
 
 from nitp_titan.meter import GeometryMeter, HIDDEN
-from nitp_titan.metrics_file import MetricsFile, read_records
+from nitp_titan.metrics_file import MetricsFile, read_records, STEP_FILES
 
 # Our name in metrics.jsonl <- TorchTitan's key.
 _RECORD = {
@@ -92,10 +92,9 @@ class NITPMetrics(MetricsProcessor):
         others = dataclasses.replace(config, enable_tensorboard=False)
         built = super()._build_metric_logger(config=others, dump_folder=dump_folder, **kwargs)
         self.tensorboard: TensorBoard | None = None
-        names = ("parallel_dims", "pp_schedule")
         rank = torch.distributed.get_rank()
-        writes = config.save_for_all_ranks or rank == _get_metrics_rank(**{name: kwargs[name] for name in names})
-        if not (config.enable_tensorboard and writes):
+        metrics_rank = _get_metrics_rank(parallel_dims=kwargs["parallel_dims"], pp_schedule=kwargs["pp_schedule"])
+        if not config.enable_tensorboard or not (config.save_for_all_ranks or rank == metrics_rank):
             return built
         folder = Path(dump_folder) / config.save_tb_folder
         self.tensorboard = TensorBoard(folder / f"rank_{rank}" if config.save_for_all_ranks else folder)
@@ -105,8 +104,7 @@ class NITPMetrics(MetricsProcessor):
         return container
 
     def _add_local_loggers(self, folder: Path) -> None:
-        names = ("metrics", "validation", "geometry", "probe", "skipped")
-        self.files = [MetricsFile(folder / f"{name}.jsonl") for name in names]
+        self.files = [MetricsFile(folder / f"{name}.jsonl") for name in STEP_FILES]
         metrics_file, self.validation_file, self.geometry_file, self.probe_file, self.skipped_file = self.files
         training, validation = RecordLogger(metrics_file, _RECORD), RecordLogger(self.validation_file, _VALIDATION)
         container = LoggerContainer()
@@ -136,7 +134,7 @@ class NITPMetrics(MetricsProcessor):
         return super().should_log(step) or measured or step == self.last_step
 
     def has_validated(self, step: int) -> bool:
-        """Whether the validation of a step is in its file, and that of the probe in its own; known where they are."""
+        """Whether a step's validation, with its probe, is in the files; False on ranks that write none."""
         files = [self.validation_file] if self.console is not None else []
         if files and self.meter is not None and self.meter.settings.probe_batches:
             files.append(self.probe_file)

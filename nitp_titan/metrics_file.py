@@ -3,17 +3,18 @@
 import io
 import json
 import os
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from nitp_titan.errors import at
-from nitp_titan.files import write_atomically
+from nitp_titan.files import free_path, write_atomically
+
+STEP_FILES = ("metrics", "validation", "geometry", "probe", "skipped")
+"""Files of a run folder with a line per step; each is ``<name>.jsonl``."""
 
 
 class MetricsFile:
-    """Appends one JSON object per step, of which none stands there twice.
+    """Appends one JSON object per step, each step once.
 
     A file that is not resumed starts anew: a run folder holds one run (`run_folder`), whose steps run again.
     """
@@ -63,7 +64,7 @@ def later_lines(path: Path, step: int) -> str:
 
 
 def set_damaged_aside(path: Path, *, with_step: bool = True) -> Path | None:
-    """Take out of a file of JSON lines what is none, and put it beside the file, as ``<path>.damaged``.
+    """Move lines that are not JSON objects out of a file of JSON lines, into ``<path>.damaged`` beside it.
 
     A last line that a crash cut short is dropped.
 
@@ -78,7 +79,7 @@ def set_damaged_aside(path: Path, *, with_step: bool = True) -> Path | None:
     """
     if not os.path.lexists(path):
         return None
-    aside = next(other for other in _damaged_names(path) if not os.path.lexists(other))
+    aside = free_path(path.with_name(f"{path.name}.damaged"))
     if not path.is_file():
         return path.rename(aside)
     parsed, damaged = _parsed(path.read_bytes(), with_step=with_step)
@@ -89,13 +90,8 @@ def set_damaged_aside(path: Path, *, with_step: bool = True) -> Path | None:
     return aside
 
 
-def _damaged_names(path: Path) -> Iterator[Path]:
-    yield path.with_name(f"{path.name}.damaged")
-    yield from (path.with_name(f"{path.name}.damaged.{number}") for number in count(1))
-
-
 def _parsed(content: bytes, *, with_step: bool = True) -> tuple[list[tuple[dict[str, Any], str]], list[bytes]]:
-    """Records with their lines, and lines that are none; without a last line that was cut short."""
+    """Records with their lines, and the damaged lines; a last line that was cut short is in neither."""
     parsed, damaged = [], []
     for line in io.BytesIO(content):
         try:

@@ -94,7 +94,7 @@ class NITPTrainer(Trainer):
     def __init__(self, config: Config):
         check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         spec, loss = model_spec_with_nitp(config), loss_with_nitp(config)
-        # The others of a node wait for its first rank, at their meeting point.
+        # The other ranks of a node wait for its first one where the process group is made.
         self._run = config, plan_start(config, spec) if agreement.leads_node(config) else None
         validator = validator_with_streams(config)
         with upstream_refusals():
@@ -112,7 +112,7 @@ class NITPTrainer(Trainer):
             )
         self.guard = self._guard()
         self.stopped = self._validates_again = False
-        # On the CPU, so that agreeing on a stop, or on the end of the data, keeps no device waiting.
+        # On the CPU, so that no device waits while ranks agree on a stop or on the end of the data.
         num_ranks = torch.distributed.get_world_size()
         self._cpu_group = torch.distributed.new_group(backend="gloo") if num_ranks > 1 else None
         if isinstance(self.dataloader, TextDataLoader):
@@ -138,15 +138,15 @@ class NITPTrainer(Trainer):
         if self.start.finished:
             torch.distributed.destroy_process_group()
             sys.exit()
-        step = -1 if self.start.from_step is None else self.start.from_step
-        # What is loaded was decided by the one who looked.
+        settings = self.config.checkpoint
+        # Rank 0 has decided what is loaded; of a remote folder it knows no step.
+        load_step = settings.load_step if self.start.from_step is None else self.start.from_step
         self.config.checkpoint = dataclasses.replace(
-            self.config.checkpoint, load_step=step, initial_load_path=self.start.initial_load_path
+            settings, load_step=load_step, initial_load_path=self.start.initial_load_path
         )
-        for variable, value in (("WANDB_RUN_ID", self.start.wandb_id), ("WANDB_RESUME", "allow")):
-            if self.config.metrics.enable_wandb:
-                # The only way to TorchTitan's logger.
-                os.environ[variable] = value
+        if self.config.metrics.enable_wandb:
+            # The only way to TorchTitan's logger.
+            os.environ |= {"WANDB_RUN_ID": self.start.wandb_id, "WANDB_RESUME": "allow"}
 
     def _prepare_nitp(self) -> None:
         has_loss = not self.parallel_dims.pp_enabled or self.pp_has_last_stage
@@ -279,8 +279,8 @@ class NITPTrainer(Trainer):
         if not saves:
             key = "load_only = true" if self.config.checkpoint.load_only else "enable = false"
             logger.warning(
-                f"Stopped by {self.stop.reason} after step {self.step}. Nothing was saved ([checkpoint] {key}): the same "
-                f"command starts again with step {1 + (self.start.from_step or 0)}."
+                f"Stopped by {self.stop.reason} after step {self.step}. Nothing was saved ([checkpoint] {key}): the "
+                f"same command starts again with step {1 + (self.start.from_step or 0)}."
             )
             sys.exit(128 + signal.SIGTERM)
         logger.warning(f"Stopped by {self.stop.reason} after step {self.step}; the same command goes on from there.")

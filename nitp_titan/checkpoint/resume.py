@@ -13,20 +13,21 @@ from nitp_titan.data.loader import TextDataLoader
 
 
 def has_ended(config, tensors: dict[str, Tensor], step: int | None) -> bool:
-    """Check the checkpoint that a ``Trainer.Config`` goes on from; nothing is checked where there is none.
+    """Check the checkpoint that a ``Trainer.Config`` resumes from; nothing is checked where there is none.
 
     Args:
         tensors: of the model to be trained, its projector included.
-        step: of the checkpoint; None if there is none.
+        step: of the checkpoint; None if there is none, and then ``load_step`` must not name one.
 
     Returns:
-        Whether all steps are done and the checkpoint is one that training cannot go on from.
+        Whether all steps are done and training cannot resume from the checkpoint.
 
     Raises:
         UserError: naming the checkpoint and what does not fit or is damaged.
     """
     settings = config.checkpoint
-    if not settings.enable or step is None or is_remote(settings.folder):
+    step = settings.load_step if step is None else step
+    if not settings.enable or step == -1 or is_remote(settings.folder):
         return False
     folder = Path(config.dump_folder) / settings.folder
     complete, exported = complete_steps(folder, [METADATA]), complete_steps(folder, [INDEX])

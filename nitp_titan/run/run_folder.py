@@ -14,7 +14,6 @@ import socket
 import uuid
 from dataclasses import dataclass, field, replace
 from datetime import datetime, UTC
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,8 +22,8 @@ import tomli
 from nitp_titan import recipe
 from nitp_titan.checkpoint.steps import complete_steps
 from nitp_titan.config import shown, UserError
-from nitp_titan.files import write_atomically
-from nitp_titan.metrics_file import last_step, later_lines, set_damaged_aside
+from nitp_titan.files import free_path, write_atomically
+from nitp_titan.metrics_file import last_step, later_lines, set_damaged_aside, STEP_FILES
 from nitp_titan.run import provenance
 from nitp_titan.run.credentials import redact
 
@@ -36,14 +35,10 @@ _METRICS = "metrics.jsonl"
 _STARTS = "starts.jsonl"
 _SAVED = "last_checkpoint.json"
 _LOCK = "run.lock"
-# Files with a line per step.
-_STEP_FILES = (_METRICS, "validation.jsonl", "geometry.jsonl", "probe.jsonl", "skipped.jsonl")
 # Of [dataloader], how the data are read. All other keys decide what they are.
 _READING = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 # Known by content (`data_facts`), or by their effect.
 _BY_CONTENT = {"dataset_path", "streaming", "hf_assets_path"}
-# TorchTitan's, whose files have the time in their names.
-_TRACES = "structured_logs"
 
 Tables = dict[str, Any]
 
@@ -60,10 +55,10 @@ class Start:
     """Folders of an older run that `settle` renames."""
 
     later: list[Path] = field(default_factory=list)
-    """Checkpoints of steps after ``from_step``, which `settle` sets aside: the run takes another way from there."""
+    """Checkpoints of steps after ``from_step``, which `settle` sets aside: these steps are trained again."""
 
-    traces: tuple[str, ...] = ()
-    """Folders in them that TorchTitan has begun to use for this start, before a trainer was built."""
+    traces: str = ""
+    """Folder in them that TorchTitan has made for this start too, when it made the process group."""
 
     message: str = ""
     """What the log says of it."""
@@ -91,10 +86,8 @@ class Start:
             aside = set_aside(path)
             logger.warning(f"--overwrite: {path} is now {aside}")
             (aside / _LOCK).unlink(missing_ok=True)
-            for name in self.traces:
-                if (aside / name).is_dir():
-                    path.mkdir(exist_ok=True)
-                    (aside / name).rename(path / name)
+            if self.traces and (aside / self.traces).is_dir():
+                (path / self.traces).mkdir(parents=True)
         try:
             self._set_damaged_aside()
             if self.later:
@@ -105,24 +98,24 @@ class Start:
             logger.info(self.message)
 
     def _set_damaged_aside(self) -> None:
-        for name in (*_STEP_FILES, _STARTS):
-            aside = set_damaged_aside(self.folder / name, with_step=name != _STARTS)
+        for path in (*_step_files(self.folder), self.folder / _STARTS):
+            aside = set_damaged_aside(path, with_step=path.name != _STARTS)
             if aside is not None:
-                logger.warning(f"{self.folder / name} was damaged; the damaged part is now {aside}")
+                logger.warning(f"{path} was damaged; the damaged part is now {aside}")
 
     def _set_later_aside(self) -> None:
         """Move what comes after ``from_step`` into ``<checkpoints>/set_aside``; a kill in between loses nothing."""
-        place = _free(self.later[0].parent / "set_aside" / f"after_step_{self.from_step}")
+        place = free_path(self.later[0].parent / "set_aside" / f"after_step_{self.from_step}")
         place.mkdir(parents=True)
-        for name in _STEP_FILES:
+        for path in _step_files(self.folder):
             # The lines themselves are cut off when the metrics are resumed.
-            if lines := later_lines(self.folder / name, self.from_step):
-                write_atomically(place / name, lines)
-        # The newest last: as long as it is in its place, so is the old way.
+            if lines := later_lines(path, self.from_step):
+                write_atomically(place / path.name, lines)
+        # The newest last: until it is moved, a start without load_step resumes from it as before.
         for path in self.later:
             path.rename(place / path.name)
-        steps = f"steps {self.later[0].name[5:]} to {self.later[-1].name[5:]}" if len(self.later) > 1 else ""
-        steps = steps or f"step {self.later[0].name[5:]}"
+        names = [path.name.removeprefix("step-") for path in (self.later[0], self.later[-1])]
+        steps = f"steps {names[0]} to {names[1]}" if len(self.later) > 1 else f"step {names[0]}"
         logger.warning(f"load_step = {self.from_step}: the checkpoints of {steps} and later metrics are now in {place}")
 
     def record(self, config, *, documents: list[int | None] | None = None, **facts: Any) -> None:
@@ -188,8 +181,11 @@ def find_start(config) -> Start:
         raise UserError(f"dump_folder = '{folder}' is a file.", table="", key="dump_folder")
     # A remote folder of checkpoints is TorchTitan's to look into.
     checkpoints = None if "://" in config.checkpoint.folder else folder / config.checkpoint.folder
+    if config.overwrite and checkpoints is not None and config.checkpoint.load_step != -1:
+        raise UserError("--overwrite starts without the step that --checkpoint.load_step names; give one of them.")
     steps = {} if checkpoints is None else complete_steps(checkpoints)
-    new = Start(folder, data=data_facts(config), wandb_id=os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])
+    given_id = os.environ.get("WANDB_RUN_ID")
+    new = Start(folder, data=data_facts(config), wandb_id=given_id or uuid.uuid4().hex[:8])
     if config.overwrite:
         _check_overwrite(config, [place.resolve() for place in (folder, checkpoints) if place is not None])
     if not (steps or (folder / _RESOLVED).exists() or (folder / _METRICS).exists()):
@@ -197,15 +193,13 @@ def find_start(config) -> Start:
 
     changed = _changed(config)
     if config.overwrite and not (changed == {} and _restarted(folder)):
-        traces = (_TRACES, config.comm.save_traces_folder)
-        return replace(new, set_aside=_places(folder, checkpoints), traces=traces)
+        return replace(new, set_aside=_places(folder, checkpoints), traces=config.comm.save_traces_folder)
     none = not steps and checkpoints is not None
     if changed != {} and (none or not config.resume):
         raise UserError(_refusal(folder, changed, resume=config.resume, none=none))
     grown = _check_data(config, new.data, none=none)
     starts = read_starts(folder)
-    known = os.environ.get("WANDB_RUN_ID") or (starts and starts[-1].get("wandb_id"))
-    again = replace(new, wandb_id=known or new.wandb_id)
+    again = replace(new, wandb_id=given_id or (starts and starts[-1].get("wandb_id")) or new.wandb_id)
     if checkpoints is None:
         return replace(again, message=f"{folder}: the run goes on from {config.checkpoint.folder}")
     if none:
@@ -220,21 +214,21 @@ def find_start(config) -> Start:
         )
     step = config.checkpoint.load_step
     if step == -1 or (_restarted(folder) and starts[-1].get("from_step") == step):
-        # A restarted job goes on with the way that it has taken.
+        # A restarted job resumes from what it has trained since.
         step = max(steps)
     later = [] if config.checkpoint.load_only else [path for number, path in steps.items() if number > step]
     said = "; ".join(([f"with {_shown(changed)}"] if changed else []) + grown)
     message = f"{folder}: the run goes on from step {step}{' ' * bool(said)}{said}"
     if step in steps and step > config.training.steps:
         raise UserError(
-            f"{folder}: the run has done {step} steps, and [training] steps = {config.training.steps}. Take more steps, "
-            f"or an earlier checkpoint ([checkpoint] load_step), {_WAYS_OUT}.",
+            f"{folder}: the run has done {step} steps, and [training] steps = {config.training.steps}. Take more "
+            f"steps, or an earlier checkpoint ([checkpoint] load_step), {_WAYS_OUT}.",
             table="training",
             key="steps",
         )
     if step == config.training.steps:
         message = f"{folder}: the run has done its {step} steps, nothing is left to train"
-    # Another way is another run in Weights & Biases, which knows no step twice.
+    # Weights & Biases takes no step twice: training again from an earlier step is another run there.
     wandb_id = new.wandb_id if later else again.wandb_id
     return replace(new, from_step=step, later=later, message=message, wandb_id=wandb_id)
 
@@ -285,8 +279,8 @@ def _check_data(config, now: dict[str, Any], *, none: bool) -> list[str]:
         if config.resume:
             return [f"its {_DATA} is missing or damaged, so that its data are not compared"]
         raise UserError(
-            f"{folder} holds a run without a readable {_DATA}, so that its data may be others. {_WAYS_OUT.capitalize()}, "
-            "or go on with the run all the same with --resume."
+            f"{folder} holds a run without a readable {_DATA}, so that its data may be others. "
+            f"{_WAYS_OUT.capitalize()}, or go on with the run all the same with --resume."
         ) from None
     begins_again = "dataloader" in config.checkpoint.exclude_from_loading
     if found.other and not (config.resume and begins_again and not none):
@@ -296,7 +290,8 @@ def _check_data(config, now: dict[str, Any], *, none: bool) -> list[str]:
         )
     if found.allowed and (none or not config.resume):
         way_out = "" if none else ", or go on all the same with --resume"
-        raise UserError(f"{folder} holds a run on other data: {listed(found.allowed)}. {_WAYS_OUT.capitalize()}{way_out}.")
+        said = listed(found.allowed)
+        raise UserError(f"{folder} holds a run on other data: {said}. {_WAYS_OUT.capitalize()}{way_out}.")
     return found.allowed + ([f"{listed(found.other)}: the data begin again"] if found.other else [])
 
 
@@ -409,17 +404,15 @@ def set_aside(path: Path) -> Path:
     Raises:
         UserError: with the reason, if the folder cannot be renamed.
     """
-    aside = next(other for n in count(1) if not (other := path.with_name(f"{path.name}.{n}")).exists())
+    aside = free_path(path)
     try:
         return path.rename(aside)
     except OSError as error:
         raise UserError(f"{path} cannot be renamed to {aside}: {error.strerror}.") from None
 
 
-def _free(path: Path) -> Path:
-    """The path, or ``<path>.1`` and so on if it is there already."""
-    names = chain([path], (path.with_name(f"{path.name}.{number}") for number in count(1)))
-    return next(other for other in names if not os.path.lexists(other))
+def _step_files(folder: Path) -> list[Path]:
+    return [folder / f"{name}.jsonl" for name in STEP_FILES]
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:

@@ -181,6 +181,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_built(copy
         _config(copy, **sections).build()
 
 
+def test_a_step_to_load_is_neither_ignored_in_a_new_folder_nor_in_a_remote_one(assets, tmp_path):
+    with pytest.raises(UserError, match=r"load_step = 9: .* has no such complete checkpoint; there are: none\."):
+        _config(tmp_path / "new", checkpoint={"load_step": 9}).build()
+    assert not (tmp_path / "new/resolved.toml").exists()
+    remote = {"load_step": 9, "folder": f"file://{tmp_path}/remote"}
+    trainer = _config(tmp_path / "run", checkpoint=remote).build()
+    trainer.close()
+    assert trainer.config.checkpoint.load_step == 9
+
+
 def test_a_run_that_ended_with_its_model_only_says_so(assets, tmp_path):
     trainer = _config(tmp_path, checkpoint={"last_save_model_only": True}, training={"steps": 2}, resume=False).build()
     trainer.checkpointer.save(2, last_step=True)
@@ -281,8 +291,8 @@ def test_sigterm_without_checkpoints_says_that_nothing_is_saved(assets, tmp_path
         trainer.train()
     assert ended.value.code == 128 + signal.SIGTERM
     assert caplog.messages[-1] == (
-        "Stopped by SIGTERM after step 1. Nothing was saved ([checkpoint] enable = false): the same command starts again "
-        "with step 1."
+        "Stopped by SIGTERM after step 1. Nothing was saved ([checkpoint] enable = false): the same command starts "
+        "again with step 1."
     )
 
 

@@ -120,21 +120,24 @@ def test_resume_goes_on_with_changed_settings_from_a_checkpoint_only(config, run
 def test_both_flags_at_once_and_a_file_as_folder_are_refused(config, tmp_path):
     with pytest.raises(UserError, match="give one of them"):
         find_start(config(resume=True, overwrite=True))
+    with pytest.raises(UserError, match="--overwrite starts without the step that --checkpoint.load_step names"):
+        find_start(config(checkpoint={"enable": True, "load_step": 20}, overwrite=True))
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="dump_folder = '.*/run' is a file"):
         find_start(config())
 
 
 def test_overwrite_keeps_the_old_run_beside_the_new_one(config, run, tmp_path):
-    before = _files(run)
     for name in ("structured_logs", "comm_traces"):
         (run / name).mkdir()
+        (run / name / "of_the_old_run").touch()
+    before = _files(run)
     (tmp_path / "run.1").mkdir()
     start = find_start(config(training={"steps": 200}, overwrite=True))
     assert (start.from_step, start.set_aside) == (None, [run]) and run.exists()
     start.settle()
     assert _files(tmp_path / "run.2") == before
-    assert sorted(path.name for path in run.iterdir()) == ["comm_traces", "structured_logs"]
+    assert [path.name for path in run.rglob("*")] == ["comm_traces"]
     assert find_start(config(training={"steps": 200})).from_step is None
 
 
@@ -301,7 +304,7 @@ def test_an_earlier_step_is_gone_on_with_and_later_ones_are_set_aside(config, ru
     assert _steps(place) == ["step-20"] and (place / "step-20/.metadata").exists()
     assert [json.loads(line)["step"] for line in (place / "metrics.jsonl").read_text().splitlines()] == [10, 20]
     assert (place / "probe.jsonl").exists() and not (place / "skipped.jsonl").exists()
-    # The next start goes on with the new way, whether it names the step or not.
+    # The next start resumes from what was trained since; only one that names the step sets that aside too.
     (run / "checkpoint/step-7").mkdir()
     (run / "checkpoint/step-7/.metadata").touch()
     assert find_start(config()).from_step == 7 and find_start(config()).later == []
@@ -379,11 +382,13 @@ def test_a_finished_run_without_checkpoints_does_not_start_again(config, run):
 
 def test_fewer_steps_than_done_are_refused_and_a_finished_run_says_so(config, run):
     before = _files(run)
-    with pytest.raises(UserError, match=r"the run has done 20 steps, and \[training\] steps = 10\. Take more steps, or an"):
+    message = r"the run has done 20 steps, and \[training\] steps = 10\. Take more steps, or an earlier"
+    with pytest.raises(UserError, match=message):
         find_start(config(training={"steps": 10}, resume=True))
     assert _files(run) == before
     recipe.write_resolved(config(training={"steps": 20}), run)
-    assert find_start(config(training={"steps": 20})).message == f"{run}: the run has done its 20 steps, nothing is left to train"
+    start = find_start(config(training={"steps": 20}))
+    assert start.message == f"{run}: the run has done its 20 steps, nothing is left to train"
 
 
 @pytest.mark.parametrize("place", [".", "..", "~", "/", "project", "assets"])
@@ -415,6 +420,8 @@ def test_a_damaged_file_of_lines_is_set_aside_and_named(config, run, name, damag
         path.write_bytes(good + damage + good + b'{"step": 2, "cut')
     find_start(config()).settle()
     if name == "starts" and damage == b'{"loss": 1}\n':
+        # A line of a start has no step.
+        assert "was damaged" not in caplog.text
         return
     assert f"{path} was damaged; the damaged part is now {path}.damaged" in caplog.text
     if damage == "folder":
