@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-# Both would be tracebacks of a module that nobody has heard of.
+# Otherwise both would be tracebacks of a missing module.
 if sys.platform != "linux":
     raise SystemExit(f"error: nitp-titan runs on Linux only (fcntl, sched_getaffinity, /proc); this is {sys.platform}.")
 if find_spec("torchtitan") is None:
@@ -16,7 +16,7 @@ if find_spec("torchtitan") is None:
         "project's folder; ./scripts/quickstart.sh makes it."
     )
 
-# Threads that wait for each other sleep. OpenMP's spin by default, and where anything else runs on the machine they spin on
-# the core that their partner waits for: training on a CPU is then six times slower. OpenMP reads this when torch is loaded;
-# every entry point of ours imports this package first, and the processes that it starts inherit it.
+# Threads that wait for each other sleep. OpenMP's spin by default, and beside other work they spin on the core that
+# their partner waits for: training on a CPU is then six times slower. OpenMP reads this when torch is loaded; every
+# entry point of ours imports this package first, and the processes that it starts inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -21,8 +21,8 @@ INTERRUPTED = 130
 KEPT_OF_TRAINING = "training had not begun, or was ended at once; the same command goes on from the last checkpoint."
 
 LATER = 10
-"""Seconds by which torchrun is told a rank that lost another one has ended after that: it takes the earliest error for
-the reason, counts in seconds, and notices a killed rank after its neighbours have."""
+"""Seconds added to the time that torchrun is told of a rank that ends because it lost another one. torchrun takes the
+earliest error for the reason, counts in whole seconds, and notices a killed rank after its neighbours have."""
 
 _PIPE_CLOSED = 141  # 128 + SIGPIPE: as a command ends whose reader, such as `head`, has enough.
 
@@ -91,7 +91,7 @@ class UserError(ValueError):
 
 @contextmanager
 def at(path: str | os.PathLike) -> Iterator[None]:
-    """Name the file of an OSError that does not: a write to an open file says only that the disk is full."""
+    """Give an OSError its file name where it has none: a write to an open file says only that the disk is full."""
     try:
         yield
     except OSError as error:
@@ -100,7 +100,7 @@ def at(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-# Rooms of TorchTitan, and the table whose settings they refuse.
+# Packages of TorchTitan, and the table whose settings they refuse.
 _TABLES = {
     "torchtitan.components.checkpointer": "checkpoint",
     "torchtitan.components.loss": "loss",
@@ -114,15 +114,16 @@ _TABLES = {
     "torchtitan.distributed.compile": "compile",
     "torchtitan.tools.profiler": "profiler",
 }
+# Tables without a package of their own.
 _OTHER_TABLES = {"training", "debug", "comm", "model"}
 _SETTING = re.compile(r"\b([a-z_]+)\.([a-z_]+)\b")
 
 
 @contextmanager
 def upstream_refusals() -> Iterator[None]:
-    """What TorchTitan refuses or asserts of the settings, as a `UserError` with their table.
+    """Turn what TorchTitan refuses or asserts of the settings into a `UserError` with their table.
 
-    Errors that are raised elsewhere, and assertions that say nothing, are no refusals.
+    Errors that are raised outside of TorchTitan, and assertions without a message, stay as they are.
     """
     try:
         yield
@@ -130,22 +131,22 @@ def upstream_refusals() -> Iterator[None]:
         raise
     except (ValueError, AssertionError, NotImplementedError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        room = frame.f_globals.get("__name__", "")
-        if not room.startswith("torchtitan.") or not str(error):
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith("torchtitan.") or not str(error):
             raise
-        # It names a setting as flags do, or none.
+        # A message may name the setting as flags do.
         named = _SETTING.search(str(error))
         table, key = named.groups() if named else (None, None)
         place = ""
         if table not in {*_TABLES.values(), *_OTHER_TABLES}:
-            names = [name for name in _TABLES if room == name or room.startswith(f"{name}.")]
+            names = [name for name in _TABLES if module == name or module.startswith(f"{name}.")]
             table, key = (_TABLES[max(names, key=len)], None) if names else (None, None)
             place = f"[{table}] " if table else ""
         raise UserError(f"{place}{error}", table=table, key=key) from error
 
 
 def surroundings(error: BaseException, place: str = "") -> UserError | None:
-    """What an error says of the machine, in one line; None for every other error.
+    """The cause of an error in one line, if it is the machine or the network; None for every other error.
 
     Looks at the error, what caused it and what it was raised from: libraries wrap the reason ("An error occurred while
     generating the dataset").
@@ -166,15 +167,21 @@ def surroundings(error: BaseException, place: str = "") -> UserError | None:
     return None
 
 
+def explained(error: BaseException, place: str, message: str) -> UserError:
+    """An error of a library in one line: `surroundings`, or else ``message`` with the error's type and first line."""
+    first = next(iter(str(error).splitlines()), "")
+    return surroundings(error, place) or UserError(f"{message}: {type(error).__name__}: {first}")
+
+
 class Away(UserError):
     """A server that does not answer now, and may answer later."""
 
 
 def away(error: BaseException, place: str) -> Away | None:
-    """What keeps a server from answering for a while: no connection, too many requests, an error of its own.
+    """Why a server does not answer for a while: no connection, too many requests, an error of its own.
 
     Args:
-        error: any exception; None is the answer for one that waiting does not mend.
+        error: any exception; the result is None for one that waiting does not mend.
         place: what was asked for.
     """
     for cause in chain(error):
@@ -303,14 +310,14 @@ def interrupted(kept: str) -> NoReturn:
 
 
 def _reader_has_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more; another broken pipe is a matter of the network."""
+    """Whether stdout is a pipe that nobody reads any more; any other broken pipe is the network's."""
     state = select.poll()
     state.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in state.poll(0))
 
 
 def _drop_stdout() -> None:
-    """Let what stdout could not take vanish: Python tries once more at its end."""
+    """Drop what could not be written to stdout: Python would try again when it ends, and print a traceback."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nitp_titan.errors import nearest, surroundings, UserError
+from nitp_titan.errors import explained, nearest, UserError
 from nitp_titan.hub import hub_token
 
 if TYPE_CHECKING:
@@ -135,6 +135,5 @@ def load_pretrained(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **placed)
     except Exception as error:
         # The hub, the network, the disk and broken files raise many types; each means that the model is not there.
-        reason = next(iter(str(error).splitlines()), "")
-        raise surroundings(error, str(name)) or UserError(f"{name} does not load: {type(error).__name__}: {reason}") from error
+        raise explained(error, name, f"{name} does not load") from error
     return (model if device == SPREAD else model.to(device)).eval(), tokenizer

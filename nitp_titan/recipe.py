@@ -191,9 +191,9 @@ def _find_own_files(tables: dict[str, Any]) -> None:
     for key, value in tables.items():
         if isinstance(value, dict):
             _find_own_files(value)
-        elif key in _PATH_KEYS and isinstance(value, str) and not os.path.isabs(value):
-            if not os.path.lexists(Path(value).parts[0] if value else "") and os.path.lexists(PROJECT / value):
-                tables[key] = str(PROJECT / value)
+        elif key in _PATH_KEYS and isinstance(value, str) and value and not os.path.isabs(value):
+            has_own = os.path.lexists(Path(value).parts[0])
+            tables[key] = str(PROJECT / value) if not has_own and os.path.lexists(PROJECT / value) else value
 
 
 def _name_run(settings: Settings, recipe: Path) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torchtitan.tools.filesystem import is_remote
 
-from nitp_titan.errors import surroundings, UserError
+from nitp_titan.errors import explained, UserError
 
 _CAN_RUN_CODE = "a checkpoint of this kind can run code and is not read"
 
@@ -190,7 +190,4 @@ def load(
         reason = next(iter(error.failures.values()))[0]
         if isinstance(reason, UserError):
             raise reason from None
-        if found := surroundings(reason, str(opened.path)):
-            raise found from error
-        first = next(iter(str(reason).splitlines()), "")
-        raise UserError(f"{opened.path} cannot be read: {type(reason).__name__} {first}".rstrip()) from error
+        raise explained(reason, str(opened.path), f"{opened.path} cannot be read") from error

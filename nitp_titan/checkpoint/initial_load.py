@@ -12,7 +12,6 @@ from typing import Any
 from safetensors import safe_open, SafetensorError
 from torch import Tensor
 from torchtitan.protocols.model_spec import ModelSpec
-from torchtitan.tools.filesystem import is_remote
 from torchtitan.tools.logging import logger
 
 from nitp_titan.checkpoint.saved import Checkpoint
@@ -49,7 +48,7 @@ def check_initial_load(config, spec: ModelSpec, tensors: dict[str, Tensor]):
         return config
     try:
         if not settings.initial_load_in_hf:
-            checkpoint = Checkpoint(path if is_remote(path) else Path(path))
+            checkpoint = Checkpoint(path)
             logger.info(_check_native(checkpoint, config, tensors))
             return replace(config, checkpoint=replace(settings, initial_load_path=str(checkpoint.folder)))
         if not settings.initial_load_in_hf_quantized:

@@ -25,8 +25,8 @@ class Checkpoint:
     """The checkpoint of one step.
 
     Args:
-        path: its folder, the folder of all checkpoints of a run, or the run folder; of several the latest is taken. Of a
-            remote one (``s3://...``) its own folder.
+        path: its folder, the folder of all checkpoints of a run, or the run folder; of several the latest is taken. A
+            remote path (``s3://...``) must be its own folder.
 
     Raises:
         UserError: if there is no complete checkpoint, naming the file that is missing, damaged, too short or could run
@@ -50,10 +50,10 @@ class Checkpoint:
 
     @cached_property
     def step(self) -> int:
-        """Its step: by the name of its folder, of what a link leads to, or by the state of the trainer in it.
+        """Its step: from the name of its folder, from the target of a link, or from the trainer's state in it.
 
         Raises:
-            UserError: if none of them says it, as for a model alone in a folder that was renamed.
+            UserError: if none of them has it, as for a model alone in a folder that was renamed.
         """
         for name in (str(self.folder), "" if is_remote(self.folder) else str(self.folder.resolve())):
             if found := re.search(r"(?:^|/)step-(\d+)/?$", name):

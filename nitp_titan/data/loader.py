@@ -99,7 +99,7 @@ class TextDataLoader(ParallelAwareDataloader):
         if num_streams % dp_world_size:
             logger.warning(
                 f"[dataloader] num_streams = {num_streams} is not a multiple of {dp_world_size} data-parallel ranks: "
-                f"for [{table}], each of them also reads and tokenizes what is of others."
+                f"for [{table}], each of them also reads and tokenizes the streams of other ranks."
             )
         places = places_of(config, table)
         opened = [_opened(place, tokenizer) for place in places]

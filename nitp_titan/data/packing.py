@@ -254,12 +254,12 @@ class Stream:
         # Of the first pending document, the predicted tokens that are packed already.
         self._offset = state["offset"] if state else 0
         self._num_tokens = -self._offset
-        # Whether this epoch had a token; of one that is gone on with it is not known.
+        # True once this epoch yielded a token; assumed True after a resume.
         self._found_any = state is not None
         self._ended = False
 
     def next(self) -> PackedSequence | None:
-        """The next sequence; None at the end of finite data, whose last sequence is filled up with what has no label.
+        """The next sequence; None at the end of finite data, whose last sequence is padded with ignored labels.
 
         Raises:
             Exception: ``empty``, if a whole epoch of endless data has no token.
@@ -300,7 +300,7 @@ class Stream:
             return True
         tokens = torch.as_tensor(self._tokens_of(document), dtype=torch.int64)
         if not self._pending and self._offset >= max(len(tokens) - 1, 1):
-            # Of a later epoch of data that grew since the state was taken: another document stands here.
+            # The data grew since the state was taken, and a later epoch has another document here.
             self._offset = self._num_tokens = 0
         if len(tokens) > 1:
             self._found_any = True
@@ -333,7 +333,7 @@ class Stream:
 
 
 def _nothing(length: int) -> PackedSequence:
-    """What fills a row up: tokens without labels."""
+    """Padding: tokens whose labels are ignored."""
     nothing = torch.zeros(length, dtype=torch.int64)
     return PackedSequence(nothing, torch.full_like(nothing, IGNORE_INDEX), torch.arange(length))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nitp_titan.errors import nearest, surroundings, UserError
+from nitp_titan.errors import explained, nearest, UserError
 from nitp_titan.evaluation.models import LoadedModel
 from nitp_titan.evaluation.plan import Average, Plan, Row, Task
 from nitp_titan.evaluation.scores import Score
@@ -104,8 +104,7 @@ def run(name: str, loaded: LoadedModel) -> dict[str, Score]:
         task.load_data()
     except Exception as error:
         # Datasets, the hub and the network raise many types; each means that the task's data is not there.
-        reason = next(iter(str(error).splitlines()), "")
-        raise surroundings(error, "its data") or UserError(f"its data cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise explained(error, "its data", "its data cannot be loaded") from error
     try:
         return {task.metadata.main_score: evaluate_task(task, loaded)}
     finally:

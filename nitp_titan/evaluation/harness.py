@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from nitp_titan.errors import nearest, surroundings, UserError
+from nitp_titan.errors import explained, nearest, UserError
 from nitp_titan.evaluation import local_suite, suites
 from nitp_titan.evaluation.models import LoadedModel
 from nitp_titan.evaluation.plan import Average, Plan, Row, Task
@@ -137,8 +137,7 @@ def _run(name: str, benchmark: Benchmark, limit: int | None, folder: Path | None
         task = manager(folder).load([name])["tasks"][name]
     except Exception as error:
         # Datasets, the hub and the network raise many types; each means that the task's data is not there.
-        reason = next(iter(str(error).splitlines()), "")
-        raise surroundings(error, "its data") or UserError(f"its data cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise explained(error, "its data", "its data cannot be loaded") from error
     results = simple_evaluate(
         model=model,
         tasks=[task],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nitp_titan.errors import surroundings, UserError
+from nitp_titan.errors import explained, UserError
 from nitp_titan.hub import hub_token
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def num_positions(source: str) -> int | None:
             path = Path(hf_hub_download(source, "config.json", token=hub_token()))
         except Exception as error:
             # The hub and the network raise many types; each means that the model is not there.
-            reason = next(iter(str(error).splitlines()), "")
-            raise surroundings(error, str(source)) or UserError(f"{source} does not load: {type(error).__name__}: {reason}") from error
+            raise explained(error, source, f"{source} does not load") from error
     config = json.loads(path.read_text(encoding="utf-8"))
     return config.get("text_config", config).get("max_position_embeddings")
 

@@ -247,7 +247,7 @@ _BIAS = "model.layers.0.self_attn.q_proj.bias"
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no safetensors"),
         (_cut, "model.safetensors cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "config.json is not JSON: it holds no object"),
-        (_without("rms_norm_eps"), "rms_norm_eps = 1e-06 (not set: the default of 'llama'), but the recipe's model has"),
+        (_without("rms_norm_eps"), "rms_norm_eps = 1e-06 (not set: the default of 'llama'), but the recipe's model"),
         (
             _without("rope_theta", "rope_parameters"),
             "rope_parameters rope_theta = 10000.0 (not set: the default of 'llama'), but the recipe's model has 500000",
@@ -318,8 +318,9 @@ def test_a_model_alone_in_a_renamed_folder_starts_a_run_and_says_that_it_has_no_
     trainer.close()
     best = (tmp_path / "run/checkpoint/step-3").rename(tmp_path / "run/checkpoint/best")
     _start(tmp_path / "next", best).close()
-    with pytest.raises(UserError, match="best does not say its step: name it step-N."):
-        Checkpoint(best).step
+    checkpoint = Checkpoint(best)
+    with pytest.raises(UserError, match=r"best does not say its step: name it step-N\."):
+        _ = checkpoint.step
 
 
 def test_a_remote_ntp_checkpoint_starts_a_run_with_nitp(ntp, tmp_path, caplog):

@@ -141,10 +141,10 @@ def test_what_is_added_at_the_end_changes_nothing_before_it(tmp_path, streaming,
 
 
 def test_a_later_epoch_goes_on_though_the_text_grew_and_another_document_stands_there(tmp_path):
-    """The documents of an epoch are shuffled over all that there are: a long one was cut, a short one takes its place."""
+    """A later epoch is shuffled over all documents: a long one was cut, and a short one takes its place."""
     path = tmp_path / "text.jsonl"
-    rows = _documents("a", 1)[0]["text"]
-    path.write_text(json.dumps({"text": rows * 7}) + "\n")
+    text = _documents("a", 1)[0]["text"]
+    path.write_text(json.dumps({"text": text * 7}) + "\n")
     loader = _loader(dataset_path=str(path), batch=1)
     batches = iter(loader)
     for _ in range(40):
@@ -200,13 +200,13 @@ def test_epochs_after_the_first_are_shuffled(tmp_path):
     assert all(left != right for left, right in pairwise(orders))
 
 
-def test_a_rank_reads_its_own_parts_only_where_ranks_divide_them(tmp_path):
+def test_a_rank_reads_its_own_streams_only_where_ranks_divide_them(tmp_path):
     path = _write(tmp_path / "a", _documents("a", 24))
     read = {
-        (ranks, shards): [
-            list(loader.dataset.streams) for loader in _World(ranks, dataset_path=path, num_streams=shards).loaders
+        (ranks, streams): [
+            list(loader.dataset.streams) for loader in _World(ranks, dataset_path=path, num_streams=streams).loaders
         ]
-        for ranks, shards in ((2, 4), (4, 4), (2, 1), (3, 4), (4, 6))
+        for ranks, streams in ((2, 4), (4, 4), (2, 1), (3, 4), (4, 6))
     }
     assert read[2, 4] == [[0, 2], [1, 3]]
     assert read[4, 4] == [[0], [1], [2], [3]]
@@ -218,13 +218,13 @@ def test_a_rank_reads_its_own_parts_only_where_ranks_divide_them(tmp_path):
 def test_ranks_that_read_what_others_train_are_told(tmp_path, caplog):
     caplog.set_level("WARNING")
     path = _write(tmp_path / "a", _documents("a", 24))
-    for ranks, shards in ((1, 1), (2, 4), (4, 4)):
-        _World(ranks, dataset_path=path, num_streams=shards)
+    for ranks, streams in ((1, 1), (2, 4), (4, 4)):
+        _World(ranks, dataset_path=path, num_streams=streams)
     assert not caplog.messages
     _World(3, dataset_path=path, num_streams=4)
     assert set(caplog.messages) == {
         "[dataloader] num_streams = 4 is not a multiple of 3 data-parallel ranks: for [dataloader], each of them also "
-        "reads and tokenizes what is of others."
+        "reads and tokenizes the streams of other ranks."
     }
 
 
@@ -297,7 +297,7 @@ def test_finite_data_in_streams_goes_on_on_other_ranks_to_its_end(tmp_path, stre
 
 
 @pytest.mark.parametrize("streaming", [None, True])
-def test_a_part_without_text_is_named_instead_of_read_forever(tmp_path, streaming):
+def test_a_stream_without_text_is_named_instead_of_read_forever(tmp_path, streaming):
     path = _write(tmp_path / "a", _documents("a", 3))
     with pytest.raises(UserError, match=r"dataset_path = '.*', stream 4 of num_streams = 4, holds no text"):
         _loader(dataset_path=path, num_streams=4, batch=4, streaming=streaming).__iter__().__next__()

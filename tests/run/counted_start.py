@@ -2,8 +2,8 @@
 
     torchrun ... counted_start.py OUT [arguments of nitp_titan.train]
 
-OUT gets a file per rank: accesses of source code, tokenizer, text and checkpoint until the ranks have agreed, then until
-the checkpoint is loaded.
+OUT gets a file per rank: accesses of source code, tokenizer, text and checkpoint until the ranks have agreed, then
+until the checkpoint is loaded.
 """
 
 import json

@@ -9,7 +9,7 @@ from helpers import saved_run
 
 @pytest.fixture(scope="module")
 def counts(torchrun, assets, tmp_path_factory):
-    """What each of two ranks of a node accesses of a run with a checkpoint: until they agree, and until it is loaded."""
+    """File accesses of each of two ranks of a node that resume a run: until they agree, and until it is loaded."""
     folder = tmp_path_factory.mktemp("counted")
     saved_run(folder / "here", generated_data=False, validator={"enable": False})
     # This process keeps its own folder for itself.
