@@ -167,10 +167,14 @@ def surroundings(error: BaseException, place: str = "") -> UserError | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; libraries add long help, or have no message."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def explained(error: BaseException, place: str, message: str) -> UserError:
     """An error of a library in one line: `surroundings`, or else ``message`` with the error's type and first line."""
-    first = next(iter(str(error).splitlines()), "")
-    return surroundings(error, place) or UserError(f"{message}: {type(error).__name__}: {first}")
+    return surroundings(error, place) or UserError(f"{message}: {type(error).__name__}: {first_line(error)}")
 
 
 class Away(UserError):
@@ -192,7 +196,7 @@ def away(error: BaseException, place: str) -> Away | None:
         line = _network_line(cause, names, getattr(cause, "errno", None), str(cause), place)
         if line is None and isinstance(cause, (ConnectionError, TimeoutError)):
             # Of `datasets`, which has tried again and again by then.
-            line = f"{place}: it does not answer ({type(cause).__name__}: {(str(cause).splitlines() or [''])[0]})."
+            line = f"{place}: it does not answer ({type(cause).__name__}: {first_line(cause)})."
         if line is not None and (status is None or status in (408, 429) or status >= 500):
             return Away(line)
     return None
@@ -249,7 +253,7 @@ def _network_line(error: BaseException, names: set[str], number: int | None, tex
         return None
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = _STATUS_TEXTS.get(status) or (f"it answers with an error ({status})" if status else "it does not answer")
-    first = (text.strip().splitlines() or [""])[0]
+    first = first_line(error)
     detail = f" ({type(error).__name__}: {first[:200]})" if first and status is None else ""
     return f"{place or 'the network or the Hugging Face hub'}: {reason}{detail}."
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from nitp_titan.errors import at, UserError
 
-# A file up to this size is hashed whole, a larger one at its two ends: data files may have terabytes in all.
-_WHOLE_BYTES = 8 << 20
+WHOLE_BYTES = 8 << 20
+"""`fingerprint` hashes a file up to this size whole, a larger one at its two ends: data may have terabytes in all."""
+
 _END_BYTES = 256 << 10
 
 
@@ -70,7 +71,7 @@ def fingerprint(path: str | Path, num_bytes: int | None = None) -> str:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         size = size if num_bytes is None else min(size, num_bytes)
-        if size <= _WHOLE_BYTES:
+        if size <= WHOLE_BYTES:
             digest = hashlib.sha256(file.read(size))
         else:
             digest = hashlib.sha256(file.read(_END_BYTES))

@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from nitp_titan.config import nearest, UserError
+from nitp_titan.errors import first_line, nearest, UserError
 
 TOKENIZERS = {
     # Apache-2.0. 151,646 tokens; its models, and the paper's, have 152,064 rows.
@@ -123,8 +123,7 @@ def _reason(error: Exception, repo: str) -> str:
         return f"there is no public repository {repo} on the Hugging Face hub; a private one needs HF_TOKEN."
     if isinstance(error, RemoteEntryNotFoundError):
         return f"{repo} holds no tokenizer.json with a tokenizer_config.json."
-    first = (str(error).splitlines() or [""])[0]
-    return f"{repo} could not be fetched: {type(error).__name__}: {first}"
+    return f"{repo} could not be fetched: {type(error).__name__}: {first_line(error)}"
 
 
 def describe(folder: Path) -> str:

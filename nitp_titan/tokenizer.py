@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
-from nitp_titan.errors import surroundings
+from nitp_titan.errors import first_line, surroundings
 
 
 class UnfitTokenizer(ValueError):
@@ -62,7 +62,7 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
         tokenizer = TextTokenizer(tokenizer_path=str(folder))
     except Exception as error:
         # The tokenizers' library raises nothing narrower.
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise surroundings(error, str(folder)) or UnfitTokenizer(f" holds no tokenizer that loads: {reason}") from None
     check_end_of_document(tokenizer)
     return tokenizer

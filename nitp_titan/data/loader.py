@@ -19,13 +19,13 @@ from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.packing import Batch, open_documents, PackedText, Stream
 from nitp_titan.data.sources import (
     check_source,
+    described,
     how_to_make,
     is_streamed,
     left_out,
     open_source,
     Place,
     places_of,
-    said,
     shared_text,
     tokens_of,
 )
@@ -106,7 +106,7 @@ class TextDataLoader(ParallelAwareDataloader):
         self.num_documents = [len(data) if isinstance(data, Dataset) else None for data, _ in opened]
         """Of every source; None for a streamed one."""
         for place, (documents, _) in zip(places, opened):
-            logger.info(f"[{place.table}] {said(place, documents)}")
+            logger.info(f"[{place.table}] {described(place, documents)}")
             if dp_rank == 0 and (others := left_out(place)):
                 logger.warning(f"[{place.table}] {others}")
 

@@ -26,7 +26,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.logging import logger
 
 from nitp_titan.data.text_sets import TextStream
-from nitp_titan.errors import away, surroundings, UserError
+from nitp_titan.errors import away, explained, UserError
 
 # Of the shuffle of every epoch, plus its number; TorchTitan's text datasets have the same.
 _SHUFFLE_SEED = 42
@@ -285,9 +285,8 @@ class Stream:
             raise
         except Exception as error:
             # `datasets` raises many types for a document that it cannot read.
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            line = away(error, self._name) or surroundings(error, self._name)
-            raise line or UserError(f"'{self._name}' cannot be read: {reason}") from error
+            found = away(error, self._name) or explained(error, self._name, f"'{self._name}' cannot be read")
+            raise found from error
         if document is None:
             if not self._infinite:
                 self._ended = True

@@ -12,7 +12,7 @@ from nitp_titan.data.mixtures import MIXTURES, TextSource
 from nitp_titan.data.text_files import find_files, how_to_name, joined, read_file, TextError
 from nitp_titan.data.text_sets import indexed, TextStream
 from nitp_titan.data.tokenized import check_tokens, TOKENS
-from nitp_titan.errors import away
+from nitp_titan.errors import away, first_line
 from nitp_titan.files import fingerprint
 from nitp_titan.hub import TOKENIZERS, without_download_counts
 
@@ -153,21 +153,20 @@ def open_source(place: Place) -> Dataset | IterableDataset | TextStream:
         if gone := away(error, path):
             raise gone from error
         # `datasets` raises many types here; each of them means that what the config names is wrong.
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         what = f" = '{path}' (subset {source.subset!r}, split {source.split!r}) could not be opened"
-        raise place.error("dataset", f"{what}: {reason}") from error
+        raise place.error("dataset", f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
-def said(place: Place, documents: Dataset | IterableDataset | TextStream) -> str:
+def described(place: Place, documents: Dataset | IterableDataset | TextStream) -> str:
     """What is read of a source, in words: files, documents, or bytes where it is streamed."""
     source, counts = place.source, []
     if source.dataset in LOCAL:
         files = local_files(place.name, source.dataset)
-        counts.append(_count(len(files), "file"))
+        counts.append(counted(len(files), "file"))
         if is_streamed(source):
             counts.append(f"{sum(Path(file).stat().st_size for file in files):,} bytes")
     if isinstance(documents, Dataset):
-        counts.append(_count(len(documents), "document"))
+        counts.append(counted(len(documents), "document"))
     streamed = ["streamed"] if is_streamed(source) else []
     return f"'{place.name}': {', '.join(counts + streamed)}"
 
@@ -205,7 +204,8 @@ def _identity(source: TextSource) -> tuple:
     return source.dataset, path, source.subset, source.split
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """A number of things in words: ``1 file``, ``2,000 files``."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from nitp_titan.config import nearest, shown, UserError
+from nitp_titan.errors import first_line, nearest, shown, UserError
 
 # Files of a folder. Plain *.json is left out: a folder of text often holds a manifest of that name.
 _ENDINGS = {"json": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz"), "parquet": (".parquet",)}
@@ -142,7 +142,7 @@ def read_file(
         for unit, number, place in source.units(*start):
             yield Document(source.text(unit, number), place)
     except OSError as error:
-        raise TextError(file, None, f"cannot be read: {error.strerror or _first_line(error)}") from None
+        raise TextError(file, None, f"cannot be read: {error.strerror or first_line(error)}") from None
 
 
 def documents_of(path: Path, field: str) -> Iterator[str]:
@@ -165,12 +165,8 @@ def is_plain(file: str) -> bool:
     return file.lower().removesuffix(".gz").endswith(".txt")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _opened(file: str) -> io.BufferedIOBase:
-    stream = open(file, "rb", buffering=_BUFFER)
+    stream = open(file, "rb", buffering=_BUFFER)  # noqa: SIM115 (its caller closes it)
     head = stream.read(6)
     stream.seek(0)
     if head.startswith(_GZIP):
@@ -260,7 +256,7 @@ class _Lines:
         if text[0] == "{" and getattr(error, "pos", 0) >= len(line.rstrip()):
             return self._error(number, f"the object does not end in its line; {self._conversion('.')}")
         how = "" if text[0] == "{" else "; plain text needs the ending .txt"
-        return self._error(number, f"no JSON object but {shown(text[:60])} ({_first_line(error)}){how}")
+        return self._error(number, f"no JSON object but {shown(text[:60])} ({first_line(error)}){how}")
 
     def _conversion(self, what: str) -> str:
         name = Path(self._file).name
@@ -306,7 +302,7 @@ class _Rows:
             with pyarrow.parquet.ParquetFile(self._file) as parquet:
                 yield from self._read(parquet, number)
         except pyarrow.ArrowException as error:
-            raise TextError(self._file, None, f"is no parquet file that can be read: {_first_line(error)}") from None
+            raise TextError(self._file, None, f"is no parquet file that can be read: {first_line(error)}") from None
 
     def _read(self, parquet: pyarrow.parquet.ParquetFile, done: int) -> Iterator[tuple[tuple, int, tuple[int, int]]]:
         groups = [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]

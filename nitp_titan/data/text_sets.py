@@ -21,13 +21,11 @@ from datasets.table import MemoryMappedTable
 from nitp_titan.config import UserError
 from nitp_titan.data.text_files import is_plain, read_file, TextError
 from nitp_titan.errors import surroundings
-from nitp_titan.files import fingerprint, write_atomically
+from nitp_titan.files import fingerprint, WHOLE_BYTES, write_atomically
 
 # Raised when the same files would give other texts or another verdict.
 _FORMAT = 1
 _SCHEMA = pyarrow.schema([("text", pyarrow.string())])
-# As `fingerprint` has it: up to here a file is hashed whole.
-_WHOLE_BYTES = 8 << 20
 _BATCH_ROWS, _BATCH_CHARS = 1000, 1 << 24
 
 
@@ -51,7 +49,7 @@ class TextStream:
         return len(self._files)
 
     def shard(self, num_shards: int, index: int, contiguous: bool = True) -> "TextStream":
-        """The files of one of ``num_shards`` parts; neighbours, or every so manieth one."""
+        """The files of one of ``num_shards`` parts: neighbours, or every ``num_shards``-th one."""
         if contiguous:
             size, longer = divmod(len(self._files), num_shards)
             first = index * size + min(index, longer)
@@ -136,7 +134,7 @@ def _content(file: str) -> list:
     except OSError as error:
         raise TextError(file, None, f"cannot be read: {error.strerror}") from None
     # A large file is hashed at its ends only. Whatever changes its middle moves this time, which no tool sets back.
-    return [found, stat.st_ctime_ns if stat.st_size > _WHOLE_BYTES else None]
+    return [found, stat.st_ctime_ns if stat.st_size > WHOLE_BYTES else None]
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from datasets import Dataset, IterableDataset
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from nitp_titan import tokenizer as text_tokenizer
-from nitp_titan.config import UserError
 from nitp_titan.data.sources import Place, tokens_of
 from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.tokenized import (
@@ -33,6 +32,7 @@ from nitp_titan.data.tokenized import (
     shard_name,
     UNFINISHED,
 )
+from nitp_titan.errors import first_line, UserError
 
 _TYPECODES = {"uint16": "H", "uint32": "I"}
 
@@ -102,8 +102,7 @@ class Job:
                 raise
             except Exception as error:
                 # `datasets` raises many types for a file that it cannot read.
-                reason = (str(error).splitlines() or [""])[0]
-                message = f" = '{self.place.name}' cannot be read: {type(error).__name__}: {reason}"
+                message = f" = '{self.place.name}' cannot be read: {type(error).__name__}: {first_line(error)}"
                 raise self.place.error(key, message) from None
             if row is None:
                 return

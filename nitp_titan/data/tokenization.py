@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 
 from nitp_titan.config import UserError
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.data.sources import check_source, is_streamed, left_out, local_files, open_source, Place, said
+from nitp_titan.data.sources import check_source, described, is_streamed, left_out, local_files, open_source, Place
 from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.token_shards import FlagPlace, Job, load_tokenizer, write_durably
 from nitp_titan.data.token_workers import write_shards
@@ -183,7 +183,7 @@ def tokenize(
     try:
         with alone_in(folder):
             job = open_job(source, tokenizer, folder, settings, num_shards)
-            say(said(job.place, job.data))
+            say(described(job.place, job.data))
             if others := left_out(job.place):
                 say(f"warning: {others}")
             write_shards(job, num_workers, say)

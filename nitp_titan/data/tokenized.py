@@ -149,9 +149,14 @@ class Manifest:
                 raise ValueError(f": {name} is not as it was written; copy the folder again, or make it anew.")
 
 
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The files that make a tokenizer, sorted."""
+    return sorted(Path(folder).glob("tokenizer*.json"))
+
+
 def tokenizer_hashes(folder: str | Path) -> dict[str, str]:
     """sha256 of the files that make a tokenizer, by name."""
-    return {path.name: sha256(path) for path in sorted(Path(folder).glob("tokenizer*.json"))}
+    return {path.name: sha256(path) for path in tokenizer_files(folder)}
 
 
 def check_tokens(place: "Place") -> None:

@@ -13,8 +13,8 @@ from typing import Any
 from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.data.sources import is_streamed, local_files, places_of
-from nitp_titan.data.tokenized import MANIFEST, Manifest, TOKENS
+from nitp_titan.data.sources import counted, is_streamed, local_files, places_of
+from nitp_titan.data.tokenized import MANIFEST, Manifest, tokenizer_files, TOKENS
 from nitp_titan.files import fingerprint
 
 # Fingerprints wait for the disk, on a cluster for the network.
@@ -32,7 +32,7 @@ def data_facts(config) -> DataFacts:
     Raises:
         UserError: naming the file, if one cannot be read.
     """
-    facts: DataFacts = {"tokenizer": sorted(map(str, Path(config.hf_assets_path).glob("tokenizer*.json")))}
+    facts: DataFacts = {"tokenizer": [str(path) for path in tokenizer_files(config.hf_assets_path)]}
     loaders = {"dataloader": config.dataloader}
     if config.validator.enable:
         loaders["validator.dataloader"] = config.validator.dataloader
@@ -111,7 +111,7 @@ def compare(before: DataFacts, now: DataFacts, *, shuffle: bool = False, num_str
         found = changes if table == "dataloader" else DataChanges(changes.allowed, changes.allowed)
         old, new = before.get(table, []), now.get(table, [])
         if table == "dataloader" and len(old) != len(new):
-            found.other.append(f"[{table}] has {_counted(len(new), 'source')} instead of {len(old)}")
+            found.other.append(f"[{table}] has {counted(len(new), 'source')} instead of {len(old)}")
             continue
         for first, second in zip(old, new):
             _compare_sources(table, first, second, found, shuffle, num_streams)
@@ -172,7 +172,3 @@ def _size(content: str) -> int:
 def _shown(content: str) -> str:
     size, _, digest = content.partition(":")
     return f"{int(size):,} bytes, hash {digest[:_SHOWN_DIGITS]}"
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"

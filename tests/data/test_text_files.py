@@ -18,7 +18,7 @@ import pytest
 from nitp_titan.config import UserError
 from nitp_titan.data import text_sets
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.data.sources import check_source, left_out, local_files, open_source, Place, said
+from nitp_titan.data.sources import check_source, described, left_out, local_files, open_source, Place
 from nitp_titan.data.text_files import documents_of, find_files, kind_of
 from nitp_titan.data.text_sets import TextStream
 
@@ -333,9 +333,9 @@ def test_what_is_read_is_said_with_files_documents_and_bytes(tmp_path):
     _touch(tmp_path, "a.jsonl", "b.jsonl")
     for streaming, expected in ((None, "2 files, 2 documents"), (True, "2 files, 40 bytes, streamed")):
         place = _source(tmp_path, streaming=streaming)
-        assert said(place, open_source(place)) == f"'{tmp_path}': {expected}"
+        assert described(place, open_source(place)) == f"'{tmp_path}': {expected}"
     place = _source(tmp_path / "a.jsonl")
-    assert said(place, open_source(place)).endswith(": 1 file, 1 document")
+    assert described(place, open_source(place)).endswith(": 1 file, 1 document")
 
 
 # Streams
