@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nitp_titan import recipe
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.files import read_own, write_atomically
 from nitp_titan.run import run_folder
 
 _STAMP = "arm.json"
-# Every thread's.
+# Training processes that threads of this process wait for.
 _running: set[subprocess.Popen] = set()
 
 
@@ -111,6 +111,9 @@ class Arm:
 
 
 def stop_all() -> None:
-    """Tell every training run of this process to save and stop, as Ctrl-C does; a run that has heard it goes on so."""
+    """Tell every training run of this process to save and stop, as Ctrl-C does.
+
+    One that the terminal has told at the same moment counts both as one signal.
+    """
     for process in list(_running):
         process.send_signal(signal.SIGINT)

@@ -17,7 +17,8 @@ from torchtitan.components.loss import ChunkedLossWrapper, GradAccumulator, IGNO
 from torchtitan.config import CompileConfig
 from torchtitan.models.common.feed_forward import FeedForward
 
-from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.config import NITPConfig
+from nitp_titan.errors import UserError
 from nitp_titan.meter import GeometryMeter, HIDDEN, PROJECTED
 from nitp_titan.nitp import context_parallel_group, local
 from nitp_titan.objective import (
@@ -34,7 +35,7 @@ def find_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The distance that `[nitp] loss` names: a key of `LOSSES`, or ``module:function`` of another package.
 
     Raises:
-        UserError: if there is no such module or function, or it is no distance: see `_try_loss`.
+        UserError: if there is no such module or function, or it is not a distance that can be trained (`_try_loss`).
     """
     if name in LOSSES:
         return LOSSES[name]
@@ -56,7 +57,7 @@ def find_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _try_loss(loss: Callable[[Tensor, Tensor], Tensor]) -> str | None:
-    """Why a function is no distance that can be trained, or None; tried on the CPU with its gradient."""
+    """Why a function cannot be trained as a distance, or None; tried on the CPU with its gradient."""
     generator = torch.Generator().manual_seed(0)
     prediction, target = torch.randn(2, 2, 3, 8, generator=generator, dtype=torch.float32, device="cpu")
     prediction.requires_grad_()

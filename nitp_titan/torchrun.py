@@ -2,8 +2,8 @@
 
     python -m nitp_titan.torchrun --nproc_per_node 8 -m nitp_titan.train --recipe ...
 
-torchrun itself exits with 1 in both cases. This one exits with 75 when training has saved its checkpoint after SIGTERM:
-the same command goes on with it. Arguments are those of torchrun. Imports no TorchTitan.
+torchrun itself exits with 1 in both cases. This one exits with 75 when training has saved its checkpoint after SIGTERM
+or Ctrl-C: the same command resumes from it. Arguments are those of torchrun. Imports no TorchTitan.
 """
 
 import os

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.run import provenance, run_folder
 from nitp_titan.run.data_facts import by_name
 
@@ -18,7 +18,7 @@ _DIGITS = 12
 
 
 def leads_node(config) -> bool:
-    """Whether this rank looks at files and folders for all ranks of its node. Thousands that do would wait for them."""
+    """Whether this rank looks at files for all ranks of its node: a file system would slow down under thousands."""
     return os.environ.get("LOCAL_RANK", "0") == "0" or _is_alone(config)
 
 

@@ -10,11 +10,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.sources import counted, is_streamed, local_files, places_of
 from nitp_titan.data.tokenized import MANIFEST, Manifest, tokenizer_files, TOKENS
+from nitp_titan.errors import UserError
 from nitp_titan.files import fingerprint
 
 # Fingerprints wait for the disk, on a cluster for the network.
@@ -99,7 +99,7 @@ class DataChanges:
 
 
 def compare(before: DataFacts, now: DataFacts, *, shuffle: bool = False, num_streams: int = 1) -> DataChanges:
-    """Compare the data of two starts. Files are known by content: where they lie and what they are called is no change.
+    """Compare the data of two starts. Files are known by content: a moved or renamed file has not changed.
 
     Args:
         shuffle: whether documents are shuffled in the first epoch too.
