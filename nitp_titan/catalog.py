@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nitp_titan import recipe
-from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.config import NITPConfig
+from nitp_titan.errors import UserError
 
 _LABEL = re.compile(r"# (Source|Run|Cost|Expect): +(.*)")
 LABELS = ("Source", "Run", "Cost", "Expect")

@@ -4,11 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, TYPE_CHECKING
 
-# What errors.py has, is found here too.
-from nitp_titan.errors import exit_with as exit_with
-from nitp_titan.errors import nearest as nearest
-from nitp_titan.errors import shown as shown
-from nitp_titan.errors import UserError as UserError
+from nitp_titan.errors import nearest, UserError
 
 if TYPE_CHECKING:
     from torchtitan.config import ParallelismConfig

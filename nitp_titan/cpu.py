@@ -29,7 +29,7 @@ from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan import quiet
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.threads import num_threads
 
 DENSE_ATTENTION = "nitp_titan.cpu.dense_flex_attention"

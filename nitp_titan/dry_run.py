@@ -24,8 +24,8 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import get_peak_flops
 
 from nitp_titan import cpu, recipe
-from nitp_titan.config import UserError
 from nitp_titan.counts import count_model, Counts
+from nitp_titan.errors import UserError
 from nitp_titan.layout import check_layout, data_parallel_ranks
 from nitp_titan.trainer import model_spec_with_nitp
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import nn, Tensor
 from torch.distributed.tensor import DTensor
 
-from nitp_titan.config import GuardConfig, UserError
+from nitp_titan.config import GuardConfig
+from nitp_titan.errors import UserError
 from nitp_titan.metrics import NITPMetrics
 from nitp_titan.nitp import local
 

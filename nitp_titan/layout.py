@@ -7,7 +7,7 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part, _get_pipeline_metadata
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 
 # FlexAttention's mask works on blocks of so many positions.
 _MASK_BLOCK = 128

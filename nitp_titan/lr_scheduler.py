@@ -8,7 +8,7 @@ from typing import Literal
 
 from torchtitan.components.optimizer import LRSchedulersContainer
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 
 
 class WSDSchedulers(LRSchedulersContainer):

@@ -7,7 +7,7 @@ from torch.optim import Adam
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 from torchtitan.components.optimizer.utils import init_optim_state
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 
 
 def create_states(optimizers: OptimizersContainer) -> None:

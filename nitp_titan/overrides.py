@@ -8,7 +8,7 @@ from torchtitan.config.override import _REGISTRY, apply_overrides
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 
-from nitp_titan.config import nearest, UserError
+from nitp_titan.errors import nearest, UserError
 
 
 def overridden(config, spec: ModelSpec) -> ModelSpec:

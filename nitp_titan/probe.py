@@ -14,8 +14,8 @@ from typing import Any, TYPE_CHECKING
 import torch
 from torch import nn, Tensor
 
-from nitp_titan.config import nearest, UserError
 from nitp_titan.data.text_files import documents_of
+from nitp_titan.errors import nearest, UserError
 from nitp_titan.hidden_states import decoder_layers, measure
 from nitp_titan.pretrained import DTYPES, load_pretrained, Model, require, without_bos
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from nitp_titan.config import nearest, shown, UserError
+from nitp_titan.errors import nearest, shown, UserError
 
 # What an int32 of TorchTitan's or torch's still holds; a seed may be any of torch's.
 _LARGEST, _LARGEST_SEED = 2**31 - 1, 2**63 - 1

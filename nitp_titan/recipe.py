@@ -16,7 +16,7 @@ from typing import Any
 import tomli
 import tomli_w
 
-from nitp_titan.config import nearest, shown, UserError
+from nitp_titan.errors import nearest, shown, UserError
 from nitp_titan.files import write_atomically
 
 PROJECT = Path(__file__).resolve().parent.parent

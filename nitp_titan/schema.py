@@ -15,9 +15,9 @@ from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC,
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
 
-from nitp_titan.config import ModelConfig, nearest, shown, UserError
+from nitp_titan.config import ModelConfig
 from nitp_titan.data.loader import TextDataLoader
-from nitp_titan.errors import upstream_refusals
+from nitp_titan.errors import nearest, shown, upstream_refusals, UserError
 from nitp_titan.models import build_model_spec
 from nitp_titan.ranges import OPTIMIZER_RANGES
 from nitp_titan.recipe import Settings

@@ -25,17 +25,9 @@ from nitp_titan import cpu
 from nitp_titan.checkpoint.initial_load import check_initial_load
 from nitp_titan.checkpoint.manager import NITPCheckpointManager
 from nitp_titan.checkpoint.resume import has_ended
-from nitp_titan.config import (
-    Float8Config,
-    GeometryConfig,
-    GuardConfig,
-    MachineConfig,
-    ModelConfig,
-    NITPConfig,
-    UserError,
-)
+from nitp_titan.config import Float8Config, GeometryConfig, GuardConfig, MachineConfig, ModelConfig, NITPConfig
 from nitp_titan.data.loader import check_sources, TextDataLoader
-from nitp_titan.errors import upstream_refusals
+from nitp_titan.errors import upstream_refusals, UserError
 from nitp_titan.guard import Guard, StepSkipped
 from nitp_titan.hf.export import check_last_save
 from nitp_titan.layout import check_layout

@@ -8,7 +8,8 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.deepseek_v3.mtp import MTPDecoder
 from torchtitan.protocols.model_spec import ModelSpec
 
-from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.config import NITPConfig
+from nitp_titan.errors import UserError
 from nitp_titan.hf.adapter import without_projector
 from nitp_titan.nitp import NITP, nitp_module_config, NITPDecoder, set_nitp_sharding
 from nitp_titan.parallelize import with_nitp_parallelize, with_nitp_pipelining

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, Tokenizer, trainers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from nitp_titan.config import UserError
 from nitp_titan.data.sources import how_to_make
+from nitp_titan.errors import UserError
 from nitp_titan.hub import repository, TOKENIZERS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

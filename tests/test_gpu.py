@@ -10,8 +10,8 @@ import torch
 from helpers import gradient_norms, make_config, parameters
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 
-from nitp_titan.config import UserError
 from nitp_titan.cpu import DENSE_ATTENTION
+from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
 
 # TorchTitan's CUDA graphs are captured after warm-up steps; these go on beyond them.

@@ -10,7 +10,8 @@ import torch
 from helpers import make_config, parameters
 from torch import nn
 
-from nitp_titan.config import GuardConfig, UserError
+from nitp_titan.config import GuardConfig
+from nitp_titan.errors import UserError
 from nitp_titan.guard import BadModule, describe, Finding
 from nitp_titan.metrics_file import read_records
 from nitp_titan.trainer import NITPTrainer

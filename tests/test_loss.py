@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torchtitan.components.loss import CrossEntropyLoss
 
-from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.config import NITPConfig
+from nitp_titan.errors import UserError
 from nitp_titan.loss import find_loss, NITPLoss
 from nitp_titan.nitp import nitp_module_config
 from nitp_titan.objective import has_next_token

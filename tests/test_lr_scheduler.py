@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchtitan.components.optimizer import LRSchedulersContainer
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.lr_scheduler import WSDSchedulers
 
 LR, STEPS = 2e-3, 100

@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose
 from test_geometry import numpy_figures
 
 from nitp_titan import layout
-from nitp_titan.config import GeometryConfig, UserError
+from nitp_titan.config import GeometryConfig
+from nitp_titan.errors import UserError
 from nitp_titan.meter import sample_pairs
 from nitp_titan.metrics_file import read_records
 

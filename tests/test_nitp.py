@@ -8,7 +8,8 @@ import torch
 from helpers import make_config, parameters, train
 from torchtitan.models.common.decoder import Decoder
 
-from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.config import NITPConfig
+from nitp_titan.errors import UserError
 from nitp_titan.objective import next_implicit_tokens
 from nitp_titan.trainer import model_spec_with_nitp
 from nitp_titan.variants import with_nitp

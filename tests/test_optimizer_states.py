@@ -12,7 +12,7 @@ from torchtitan.components.optimizer import default_adamw, OptimizersContainer, 
 
 from nitp_titan.checkpoint import dcp_files
 from nitp_titan.checkpoint.saved import Checkpoint
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.optimizer_states import leave_out
 
 STEPS, START_STEP = 5, 2

@@ -7,8 +7,8 @@ import torch
 from helpers import make_config, parameters, saved_run
 
 from nitp_titan.checkpoint.saved import Checkpoint
-from nitp_titan.config import UserError
 from nitp_titan.cpu import DENSE_ATTENTION
+from nitp_titan.errors import UserError
 from nitp_titan.hf.export import Export
 
 GATED = {"override": {"imports": [DENSE_ATTENTION, "odd_overrides.gated"]}, "generated_data": False}

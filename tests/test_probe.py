@@ -20,8 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from nitp_titan.config import UserError
 from nitp_titan.data.text_files import documents_of
+from nitp_titan.errors import UserError
 from nitp_titan.pretrained import read_models
 from nitp_titan.probe import check, probe, Settings, tokenized
 from nitp_titan.report.folder import check_writable

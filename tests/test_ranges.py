@@ -7,8 +7,7 @@ from helpers import make_config
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torchtitan.components.optimizer import ParamGroupConfig
 
-from nitp_titan.config import UserError
-from nitp_titan.errors import upstream_refusals
+from nitp_titan.errors import upstream_refusals, UserError
 from nitp_titan.ranges import OPTIMIZER_RANGES, RANGES
 
 

@@ -10,7 +10,7 @@ import pytest
 from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 
 from nitp_titan import catalog, config_registry, recipe, schema
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPES = recipe.available("recipes")

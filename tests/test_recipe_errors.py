@@ -3,7 +3,7 @@
 import pytest
 from recipe_files import GOOD_TRAIN_CONFIG
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.layout import check_layout
 
 RECIPE_MISTAKES = {

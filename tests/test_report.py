@@ -11,7 +11,7 @@ import pytest
 from matplotlib import pyplot
 from report_runs import three_phases, write_run
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.report import drawing, figures
 from nitp_titan.report.page import Report
 from nitp_titan.report.runs import common_steps, differences, read_arms

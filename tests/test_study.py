@@ -9,7 +9,7 @@ import pytest
 from report_runs import three_phases, write_run
 
 from nitp_titan import recipe
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.launch import Arm as Training
 from nitp_titan.report.study import MECHANISMS, mechanisms_table, read_study
 

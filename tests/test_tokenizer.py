@@ -7,8 +7,8 @@ import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan import hub
-from nitp_titan.config import UserError
 from nitp_titan.data.token_shards import load_tokenizer as tokenizer_of_tokens
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation import perplexity
 from nitp_titan.pretrained import load_pretrained
 from nitp_titan.probe import tokenized

@@ -10,7 +10,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.trainer import Trainer
 
 from nitp_titan import cpu
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
 
 

@@ -15,7 +15,8 @@ from torchtitan.models import deepseek_v3, kimi_k2_7, llama3, muse_glimmer
 from torchtitan.models.llama3 import Llama3Model
 from transformers import AutoConfig
 
-from nitp_titan.config import ModelConfig, NITPConfig, UserError
+from nitp_titan.config import ModelConfig, NITPConfig
+from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
 from nitp_titan.models import build_model_spec, FAMILIES
 from nitp_titan.nitp import NITPDecoder

@@ -19,7 +19,7 @@ from nitp_titan.chaos.moments import KEEP_LATEST_K, MOMENTS, Watch
 from nitp_titan.chaos.process_tree import ProcessTree
 from nitp_titan.chaos.same_run import compare
 from nitp_titan.chaos.trials import Trial
-from nitp_titan.config import nearest, UserError
+from nitp_titan.errors import nearest, UserError
 from nitp_titan.files import sha256
 
 # Of a moment that was missed.

@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 
 _MARK = "NITP_TITAN_PROCESS_TREE"
 

@@ -132,7 +132,7 @@ def _compare_checkpoints(reference: Path, folder: Path, tolerance: float, found:
 def _compare_states(reference: Path, folder: Path, tolerance: float, found: Comparison) -> None:
     import torch
 
-    from nitp_titan.config import UserError
+    from nitp_titan.errors import UserError
 
     name = f"checkpoint/{folder.name}"
     try:

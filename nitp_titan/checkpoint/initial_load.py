@@ -15,7 +15,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 
 from nitp_titan.checkpoint.saved import Checkpoint
-from nitp_titan.config import nearest, UserError
+from nitp_titan.errors import nearest, UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX
 from nitp_titan.hf.class_defaults import completed
 from nitp_titan.models import hf_config

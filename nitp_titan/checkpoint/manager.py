@@ -20,7 +20,7 @@ from torchtitan.tools.logging import logger
 from nitp_titan import optimizer_states
 from nitp_titan.checkpoint import dcp_files
 from nitp_titan.checkpoint.steps import complete_steps, METADATA, step_folders, unfinished_steps
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 
 
 class NITPCheckpointManager(CheckpointManager):
@@ -41,7 +41,7 @@ class NITPCheckpointManager(CheckpointManager):
                 self.initial_load_path = os.path.abspath(self.initial_load_path.strip())
             model_only = self.initial_load_model_only
             if not self.initial_load_path and not self.initial_load_in_hf:
-                # TorchTitan's default, of which it warns.
+                # TorchTitan warns of its own default.
                 self.initial_load_model_only = False
             CheckpointManager.Config.__post_init__(self)
             self.initial_load_model_only = model_only

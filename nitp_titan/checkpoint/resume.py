@@ -8,8 +8,8 @@ from torchtitan.tools.filesystem import is_remote
 
 from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.checkpoint.steps import complete_steps, INDEX, METADATA
-from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.errors import UserError
 
 
 def has_ended(config, tensors: dict[str, Tensor], step: int | None) -> bool:

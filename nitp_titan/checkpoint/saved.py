@@ -13,7 +13,7 @@ from torchtitan.tools.filesystem import is_remote
 from nitp_titan import recipe
 from nitp_titan.checkpoint import dcp_files
 from nitp_titan.checkpoint.steps import complete_steps, METADATA
-from nitp_titan.config import nearest, UserError
+from nitp_titan.errors import nearest, UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX
 
 _RESOLVED = "resolved.toml"

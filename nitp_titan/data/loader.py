@@ -14,7 +14,6 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
-from nitp_titan.config import UserError
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.packing import Batch, open_documents, PackedText, Stream
 from nitp_titan.data.sources import (
@@ -31,6 +30,7 @@ from nitp_titan.data.sources import (
 )
 from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.tokenized import check_tokenizer, TokenFolder, TOKENS
+from nitp_titan.errors import UserError
 
 _WORKER_KEYS = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
 

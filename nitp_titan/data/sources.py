@@ -7,12 +7,11 @@ from typing import Any, TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset, load_dataset
 
-from nitp_titan.config import nearest, shown, UserError
 from nitp_titan.data.mixtures import MIXTURES, TextSource
 from nitp_titan.data.text_files import find_files, how_to_name, joined, read_file, TextError
 from nitp_titan.data.text_sets import indexed, TextStream
 from nitp_titan.data.tokenized import check_tokens, TOKENS
-from nitp_titan.errors import away, first_line
+from nitp_titan.errors import away, first_line, nearest, shown, UserError
 from nitp_titan.files import fingerprint
 from nitp_titan.hub import TOKENIZERS, without_download_counts
 

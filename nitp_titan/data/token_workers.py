@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from multiprocessing import connection
 
-from nitp_titan.config import UserError
 from nitp_titan.data.token_shards import Job, load_tokenizer
 from nitp_titan.data.tokenized import Shard
+from nitp_titan.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from nitp_titan.config import UserError
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.sources import check_source, described, is_streamed, left_out, local_files, open_source, Place
 from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.token_shards import FlagPlace, Job, load_tokenizer, write_durably
 from nitp_titan.data.token_workers import write_shards
 from nitp_titan.data.tokenized import MANIFEST, Manifest, tokenizer_hashes, TOKENS, UNFINISHED
+from nitp_titan.errors import UserError
 from nitp_titan.files import sha256
 from nitp_titan.run.run_folder import changed_values, listed, shown_setting
 

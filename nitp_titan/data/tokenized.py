@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.files import sha256
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import logging
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation.models import LoadedModel
 
 

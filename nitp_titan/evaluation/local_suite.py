@@ -10,8 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from nitp_titan.config import UserError
 from nitp_titan.data.text_files import documents_of
+from nitp_titan.errors import UserError
 from nitp_titan.files import read_own, sha256
 
 DEFAULT_TEXT = Path("assets/stdlib/validation.jsonl")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation.models import check_hub, fingerprint, LoadedModel
 from nitp_titan.evaluation.plan import Plan, Task
 from nitp_titan.evaluation.scores import Score

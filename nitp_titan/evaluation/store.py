@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation.scores import Score
 from nitp_titan.files import write_atomically
 

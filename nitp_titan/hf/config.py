@@ -12,7 +12,7 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.rope import RoPE
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 
 # YaRN's frequencies without its scaling of attention, which TorchTitan's grouped-query attention does not have.
 PURE_ROTATION = {"attention_factor": 1.0}

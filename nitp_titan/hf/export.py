@@ -20,7 +20,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from nitp_titan.checkpoint.saved import Checkpoint
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.hf.adapter import PROJECTOR_PREFIX, without_projector
 from nitp_titan.hf.card import model_card
 from nitp_titan.hf.config import require

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from nitp_titan.config import ModelConfig, nearest, UserError
+from nitp_titan.config import ModelConfig
+from nitp_titan.errors import nearest, UserError
 
 # Folders beside this file.
 FAMILIES = ("llama3", "moe", "qwen3", "deepseek_v3", "gpt_oss")

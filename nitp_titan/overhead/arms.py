@@ -6,7 +6,8 @@ from pathlib import Path
 from torchtitan.models.deepseek_v3.mtp import MTPLoss
 
 from nitp_titan import cpu, recipe
-from nitp_titan.config import NITPConfig, UserError
+from nitp_titan.config import NITPConfig
+from nitp_titan.errors import UserError
 from nitp_titan.overhead.mtp import with_mtp
 
 NAMES = ("NTP", "NITP", "MTP")

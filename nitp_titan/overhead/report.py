@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.markdown import table
 from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.figures import COLORS

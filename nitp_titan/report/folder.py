@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.report.drawing import Drawing, write_files, write_overview
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 
 Series = tuple[list[int], list[float]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from nitp_titan import markdown
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.report.runs import Arm, read_arms, Run
 from nitp_titan.report.stats import bootstrap_interval, final_mean, last, paired, phases
 

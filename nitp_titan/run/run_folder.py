@@ -21,7 +21,7 @@ import tomli
 
 from nitp_titan import recipe
 from nitp_titan.checkpoint.steps import complete_steps
-from nitp_titan.config import shown, UserError
+from nitp_titan.errors import shown, UserError
 from nitp_titan.files import free_path, write_atomically
 from nitp_titan.metrics_file import last_step, later_lines, set_damaged_aside, STEP_FILES
 from nitp_titan.run import provenance

@@ -13,7 +13,7 @@ import pytest
 
 from nitp_titan.chaos.campaign import Campaign, Settings
 from nitp_titan.chaos.trials import by_moment, Kill, table, Trial
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 
 
 def test_training_and_export_survive_kills_and_end_as_if_nothing_had_happened(assets, tmp_path):

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from nitp_titan.checkpoint import dcp_files
 from nitp_titan.checkpoint.initial_load import check_initial_load
 from nitp_titan.checkpoint.saved import Checkpoint
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.hf.export import Export
 from nitp_titan.models import meta_tensors
 from nitp_titan.trainer import model_spec_with_nitp

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torchtitan.components.optimizer import default_adamw
 
 from nitp_titan.checkpoint.saved import Checkpoint
-from nitp_titan.config import ModelConfig, UserError
+from nitp_titan.config import ModelConfig
+from nitp_titan.errors import UserError
 from nitp_titan.hf.export import Export
 
 TRAINING = {"seq_len": 128, "local_batch_size": 2, "global_batch_size": 2, "steps": 3, "max_norm": 1e9}

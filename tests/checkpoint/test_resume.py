@@ -16,7 +16,7 @@ from helpers import make_config, parameters, saved_run
 from nitp_titan.checkpoint.resume import check_data
 from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.checkpoint.steps import complete_steps
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
 
 

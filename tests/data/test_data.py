@@ -9,8 +9,8 @@ from helpers import make_config
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan import assets as stdlib
-from nitp_titan.config import UserError
 from nitp_titan.data.loader import check_dataset, check_sources, TextDataLoader
+from nitp_titan.errors import UserError
 
 
 @pytest.fixture(scope="module")

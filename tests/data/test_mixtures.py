@@ -14,10 +14,10 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 
-from nitp_titan.config import UserError
 from nitp_titan.data.loader import check_dataset, TextDataLoader
 from nitp_titan.data.mixtures import MIXTURES, TextSource
 from nitp_titan.data.sources import local_files
+from nitp_titan.errors import UserError
 
 SEQ_LEN = 32
 

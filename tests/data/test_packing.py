@@ -13,8 +13,8 @@ from simulated_ranks import SimulatedRanks
 from test_mixtures import _documents, _loader, _take, _texts, _uneven, _write
 
 from nitp_titan import config_registry
-from nitp_titan.config import UserError
 from nitp_titan.data.mixtures import TextSource
+from nitp_titan.errors import UserError
 
 GLOBAL_BATCH = 12
 RANKS = (1, 2, 3, 4)

@@ -15,12 +15,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nitp_titan.config import UserError
 from nitp_titan.data import text_sets
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.sources import check_source, described, left_out, local_files, open_source, Place
 from nitp_titan.data.text_files import documents_of, find_files, kind_of
 from nitp_titan.data.text_sets import TextStream
+from nitp_titan.errors import UserError
 
 
 @pytest.fixture(autouse=True)

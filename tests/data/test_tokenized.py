@@ -23,12 +23,12 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.observability.structured_logger import structured_logging
 
 import nitp_titan.train
-from nitp_titan.config import UserError
 from nitp_titan.data import token_workers
 from nitp_titan.data.loader import check_dataset, check_sources, TextDataLoader
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.tokenization import tokenize, verify
 from nitp_titan.data.tokenized import Manifest
+from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
 from nitp_titan.run import agreement
 from nitp_titan.run.run_folder import find_start

@@ -11,7 +11,7 @@ from helpers import make_config
 from layouts import in_child
 from matrix import LAYOUTS
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.layout import check_layout
 
 

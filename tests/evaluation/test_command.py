@@ -14,7 +14,7 @@ import pytest
 from hf_models import load, log_probs, nats_by_document
 from torch.testing import assert_close
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation import local_suite
 
 LIMIT = 20

@@ -13,7 +13,7 @@ from mteb.mocks.mock_tasks.sts import MockSTSTask
 from scipy.stats import spearmanr
 from torch.testing import assert_close
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation import embeddings
 from nitp_titan.evaluation.embeddings import Encoder, evaluate_task, GROUPS, TASKS
 

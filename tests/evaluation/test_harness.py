@@ -8,7 +8,7 @@ import torch
 from hf_models import load
 from torch.testing import assert_close
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation import harness, scores, suites
 from nitp_titan.evaluation.run import evaluate, Settings
 from nitp_titan.evaluation.scores import difference, Score

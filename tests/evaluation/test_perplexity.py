@@ -9,7 +9,7 @@ import torch
 from hf_models import load, MAX_POSITIONS, nats_by_document, save_llama, write_text
 from torch.testing import assert_close
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation import perplexity
 from nitp_titan.evaluation.scores import difference
 from nitp_titan.pretrained import read_models

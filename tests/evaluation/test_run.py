@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.evaluation.models import fingerprint
 from nitp_titan.evaluation.plan import Plan, Task
 from nitp_titan.evaluation.run import evaluate, Settings

@@ -9,7 +9,8 @@ from exported import TRAINING
 from helpers import make_config, saved_run, with_expert_bias
 
 from nitp_titan.checkpoint.saved import Checkpoint
-from nitp_titan.config import ModelConfig, UserError
+from nitp_titan.config import ModelConfig
+from nitp_titan.errors import UserError
 from nitp_titan.hf.export import Export
 
 

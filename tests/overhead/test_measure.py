@@ -7,8 +7,8 @@ import torch
 from helpers import PackedDataLoader
 
 from nitp_titan import recipe
-from nitp_titan.config import UserError
 from nitp_titan.counts import count_model
+from nitp_titan.errors import UserError
 from nitp_titan.overhead import measure
 from nitp_titan.overhead.arms import arm_configs
 

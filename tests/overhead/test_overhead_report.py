@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from nitp_titan.config import UserError
+from nitp_titan.errors import UserError
 from nitp_titan.overhead import report
 from nitp_titan.report import stats
 from nitp_titan.report.stats import bootstrap_interval

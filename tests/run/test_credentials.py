@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from helpers import make_config
 
-from nitp_titan.config import exit_with, UserError
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import TextSource
+from nitp_titan.errors import exit_with, UserError
 from nitp_titan.run import provenance
 from nitp_titan.run.credentials import redact
 

@@ -8,9 +8,9 @@ import pytest
 from helpers import make_config
 
 from nitp_titan import recipe
-from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import TextSource
+from nitp_titan.errors import UserError
 from nitp_titan.run.data_facts import compare, data_facts, with_documents
 from nitp_titan.run.run_folder import find_start
 

@@ -9,8 +9,8 @@ from helpers import make_config, train
 from torchtitan.config import OverrideConfig
 from torchtitan.observability.structured_logger import structured_logging
 
-from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.errors import UserError
 from nitp_titan.models import meta_tensors
 from nitp_titan.run.preflight import begin_log, checkpoint_bytes, open_log
 

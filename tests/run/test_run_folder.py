@@ -12,8 +12,8 @@ import pytest
 from helpers import make_config
 
 from nitp_titan import recipe, schema
-from nitp_titan.config import UserError
 from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.errors import UserError
 from nitp_titan.run import provenance, run_folder
 from nitp_titan.run.data_facts import data_facts
 from nitp_titan.run.run_folder import find_start, read_starts, Start
