@@ -2,9 +2,9 @@
 
 The order is that of one endless row of sequences 0, 1, 2, ...: sequence ``j`` comes from stream ``j % num_streams`` of
 a source that a seeded draw chooses for it, and is trained by data-parallel rank ``j % num_ranks``. The number of
-streams is the recipe's. Document ``n`` of a source goes to stream ``n % num_streams``; of a streamed source with at
-least as many files as streams, file ``n`` does. So what is added at the end of a source changes nothing before it in
-the first epoch.
+streams is the recipe's. Document ``n`` of a source goes to stream ``n % num_streams``; a streamed source deals its
+files first, where their number allows it (`num_file_groups`), so that a rank reads its own files only. What is added at
+the end of a source changes nothing before it in the first epoch.
 
 A rank reads the streams that hold its sequences and passes over the sequences of the others, so ranks share no work
 where ``num_streams`` is a multiple of their number. How far every stream is read after a number of sequences follows
@@ -74,14 +74,26 @@ def open_documents(
             stream: IndexedDocuments(source, stream, num_streams, state, shuffle=shuffle)
             for stream, state in states.items()
         }
-    if source.num_shards >= num_streams:
-        own = {stream: source.shard(num_streams, stream, contiguous=False) for stream in states}
-        return {
-            stream: StreamedDocuments(Reading(own[stream], 1, {0: state}), 0, state) for stream, state in states.items()
-        }
-    # A data set of its own, that knows of no state loaded before.
-    reading = Reading(source.shard(1, 0), num_streams, states)
-    return {stream: StreamedDocuments(reading, stream, state) for stream, state in states.items()}
+    groups = num_file_groups(source.num_shards, num_streams)
+    documents = {}
+    for group in {stream % groups for stream in states}:
+        own = {stream: state for stream, state in states.items() if stream % groups == group}
+        # A data set of its own, that knows of no state loaded before.
+        files = source.shard(groups, group, contiguous=False)
+        reading = Reading(files, num_streams // groups, {stream // groups: state for stream, state in own.items()})
+        documents |= {stream: StreamedDocuments(reading, stream // groups, state) for stream, state in own.items()}
+    return documents
+
+
+def num_file_groups(num_files: int, num_streams: int) -> int:
+    """Parts that the files of a streamed source are dealt to, file ``n`` to part ``n`` modulo their number.
+
+    Stream ``s`` reads part ``s`` modulo their number, and shares its documents with the other streams of that part. Few
+    files whose number does not divide the streams are one part.
+    """
+    if num_files >= num_streams:
+        return num_streams
+    return num_files if num_streams % num_files == 0 else 1
 
 
 class IndexedDocuments:
@@ -129,7 +141,7 @@ class IndexedDocuments:
 
 
 class Reading:
-    """Reads a streamed source once for some of its streams: document ``n`` goes to stream ``n % num_streams``.
+    """Reads files of a streamed source once for some of their streams: document ``n`` goes to ``n % num_streams``.
 
     Documents wait in memory until their stream asks for them: as many as the streams drift apart.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import TextSource
+from nitp_titan.data.packing import num_file_groups
 from nitp_titan.data.sources import counted, is_streamed, local_files, places_of
 from nitp_titan.data.tokenized import MANIFEST, Manifest, tokenizer_files, TOKENS
 from nitp_titan.errors import UserError
@@ -118,15 +119,12 @@ def compare(before: DataFacts, now: DataFacts, *, shuffle: bool = False, num_str
     return changes
 
 
-def _compare_sources(
-    table: str, old: dict, new: dict, found: DataChanges, shuffle: bool, num_streams: int
-) -> None:
+def _compare_sources(table: str, old: dict, new: dict, found: DataChanges, shuffle: bool, num_streams: int) -> None:
     name = f"[{table}] '{new['name']}'"
     if old["streamed"] != new["streamed"] and table == "dataloader":
         kinds = ["streamed" if source["streamed"] else "indexed" for source in (old, new)]
         found.other.append(f"{name} was {kinds[0]} and is {kinds[1]} (streaming)")
-    elif new["streamed"] and table == "dataloader" and len(old["files"]) < num_streams <= len(new["files"]):
-        # So many files are dealt to the streams themselves, fewer by their documents.
+    elif new["streamed"] and table == "dataloader" and _groups(old, num_streams) != _groups(new, num_streams):
         _compare_files(name, old["files"], new["files"], found.other)
     elif not _grew(old["files"], new["files"]):
         _compare_files(name, old["files"], new["files"], found.other)
@@ -136,6 +134,11 @@ def _compare_sources(
         order = "" if table != "dataloader" else f": the order of documents changes from {end} on and in later epochs"
         order = ": the order of all documents changes, as they are shuffled" if order and shuffle else order
         found.allowed.append(f"{name} grew at its end{order}")
+
+
+def _groups(source: dict, num_streams: int) -> int:
+    # Of a data set of the hub the files are not known here.
+    return num_file_groups(len(source["files"]) or 1, num_streams)
 
 
 def _grew(old: list, new: list) -> bool:

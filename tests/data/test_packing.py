@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from glob import glob
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from simulated_ranks import SimulatedRanks
 from test_mixtures import _documents, _loader, _take, _texts, _uneven, _write
 
 from nitp_titan import config_registry
+from nitp_titan.data import text_sets
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.errors import UserError
 
@@ -121,7 +123,8 @@ def test_a_recipe_has_one_order_with_every_train_config_and_goes_on_with_any(tmp
         (None, [40], [60]),
         (None, [20, 20], [20, 20, 20]),
         (True, [40], [60]),
-        (True, [20, 20], [20, 20, 20]),
+        (True, [20], [20, 20, 20]),
+        (True, [20, 20], [20, 30]),
         (True, [20] * 4, [20] * 8),
         (True, [20] * 4, [20, 20, 20, 30]),
     ],
@@ -181,6 +184,31 @@ def test_a_rank_reads_a_streamed_source_of_few_files_once_for_all_its_streams(mo
         texts = "".join(_texts([({"input": inputs["input"][labels != -100][None]}, 0) for inputs, labels in batches]))
         own = [row["text"] for number, row in enumerate(rows) if number % 64 % num_ranks == rank]
         assert sorted(texts) == sorted("".join(own))
+
+
+@pytest.mark.parametrize(("num_files", "groups"), [(1, 1), (4, 4), (5, 1), (8, 8), (16, 8)])
+def test_a_rank_reads_only_its_own_files_of_a_streamed_source_where_they_can_be_dealt(
+    tmp_path, monkeypatch, num_files, groups
+):
+    rows = _uneven("a", 96)
+    folder = _write(tmp_path / "text", rows, num_files=num_files)
+    opened, read_file = [], text_sets.read_file
+
+    def counting(file, *arguments, **options):
+        opened.append(file)
+        return read_file(file, *arguments, **options)
+
+    monkeypatch.setattr(text_sets, "read_file", counting)
+    texts = ""
+    for rank in range(4):
+        opened.clear()
+        loader = _loader(
+            dataset_path=folder, streaming=True, num_streams=8, infinite=False, world_size=4, rank=rank, batch=2
+        )
+        texts += "".join(_texts([({"input": inputs["input"][labels != -100][None]}, 0) for inputs, labels in loader]))
+        parts = {rank % groups, (rank + 4) % groups}
+        assert sorted(opened) == [path for n, path in enumerate(sorted(glob(f"{folder}/*"))) if n % groups in parts]
+    assert sorted(texts) == sorted("".join(row["text"] for row in rows))
 
 
 @pytest.mark.parametrize("num_streams", [1, 3])

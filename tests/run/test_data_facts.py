@@ -157,7 +157,7 @@ def test_streaming_is_part_of_a_run_because_it_changes_the_order(corpus, run):
             find_start(_config(corpus, streaming=True, flags=flags))
 
 
-@pytest.mark.parametrize(("num_streams", "fits"), [(2, True), (3, False), (4, True)])
+@pytest.mark.parametrize(("num_streams", "fits"), [(1, True), (2, True), (3, False), (4, False), (5, True), (6, False)])
 def test_streamed_data_that_grew_go_on_unless_files_are_dealt_in_another_way(corpus, num_streams, fits):
     config = _config(corpus, streaming=True)
     before = data_facts(config)
