@@ -14,7 +14,11 @@ _ALWAYS = {
     # Of an index of weights beside the tokenizer, for a save in Hugging Face's format with several files.
     "": ["model.safetensors.index.json not found at hf_assets_path"],
 }
-_ALWAYS_WARNINGS = ["'set_vital' is deprecated"]
+_ALWAYS_WARNINGS = [
+    "'set_vital' is deprecated",
+    # TorchTitan asks so when it loads the schedule, and gets what it wants.
+    "To get the last learning rate computed by the scheduler",
+]
 # About the FLOPs of a GPU, NCCL, and random numbers that differ between shards on a GPU.
 _ON_CPU = {
     "": [

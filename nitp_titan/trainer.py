@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -110,10 +111,10 @@ class NITPTrainer(Trainer):
         if isinstance(self.dataloader, TextDataLoader):
             self.dataloader.any_rank = lambda found: bool(agreement.largest(found, self._cpu_group))
         if torch.distributed.get_rank() == 0:
-            self.checkpointer.after_save = self.start.note_checkpoint
+            documents = getattr(self.dataloader, "num_documents", None)
+            self.checkpointer.after_save = partial(self.start.note_checkpoint, documents=documents)
             settings = dataclasses.replace(config.checkpoint, initial_load_path=self.start.initial_load_path)
             recorded = dataclasses.replace(config, checkpoint=settings)
-            documents = getattr(self.dataloader, "num_documents", None)
             self.start.record(recorded, documents=documents, hosts=self._hosts, world_size=num_ranks)
 
     def init_distributed(self) -> ParallelDims:

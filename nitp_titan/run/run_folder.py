@@ -119,7 +119,9 @@ class Start:
         logger.warning(f"load_step = {self.from_step}: the checkpoints of {steps} and later metrics are now in {place}")
 
     def record(self, config, *, documents: list[int | None] | None = None, **facts: Any) -> None:
-        """Write ``resolved.toml``, ``resolved.json``, ``data.json`` and a line of ``starts.jsonl``. For rank 0 alone.
+        """Write ``resolved.toml``, ``resolved.json`` and a line of ``starts.jsonl``. For rank 0 alone.
+
+        ``data.json`` tells of the data of the checkpoints: of a run that goes on it is written with the first new one.
 
         Args:
             config: the ``NITPTrainer.Config`` that is trained.
@@ -130,7 +132,6 @@ class Start:
             UserError: if the folder cannot be written.
         """
         from nitp_titan import schema
-        from nitp_titan.run.data_facts import with_documents
 
         before, now = _read_resolved(self.folder), schema.to_tables(config)
         line = {
@@ -151,15 +152,27 @@ class Start:
             self.folder.mkdir(parents=True, exist_ok=True)
             _hold(self.folder)
             _append_line(self.folder / _STARTS, redact(json.dumps(line)))
-            if self.data is not None:
-                text = json.dumps(with_documents(self.data, documents or []), indent=1)
-                write_atomically(self.folder / _DATA, text + "\n")
+            if self.from_step is None:
+                self._record_data(documents)
             recipe.write_resolved(config, self.folder)
         except OSError as error:
             raise UserError(f"{error.filename or self.folder} cannot be written: {error.strerror}.") from None
 
-    def note_checkpoint(self, step: int) -> None:
-        """Remember in the run folder that it has a checkpoint. For rank 0 alone."""
+    def _record_data(self, documents: list[int | None] | None) -> None:
+        from nitp_titan.run.data_facts import with_documents
+
+        if self.data is not None:
+            text = json.dumps(with_documents(self.data, documents or []), indent=1)
+            write_atomically(self.folder / _DATA, text + "\n")
+
+    def note_checkpoint(self, step: int, documents: list[int | None] | None = None) -> None:
+        """Remember in the run folder that it has a checkpoint, and of what data. For rank 0 alone.
+
+        Args:
+            documents: as for `record`.
+        """
+        if self.from_step is not None:
+            self._record_data(documents)
         write_atomically(self.folder / _SAVED, json.dumps({"step": step}) + "\n")
 
 
@@ -187,7 +200,7 @@ def find_start(config) -> Start:
     given_id = os.environ.get("WANDB_RUN_ID")
     new = Start(folder, data=data_facts(config), wandb_id=given_id or uuid.uuid4().hex[:8])
     if config.overwrite:
-        _check_overwrite(config, [place.resolve() for place in (folder, checkpoints) if place is not None])
+        _check_overwrite(config, [place.resolve() for place in (folder, checkpoints) if place is not None], new.data)
     if not (steps or (folder / _RESOLVED).exists() or (folder / _METRICS).exists()):
         return replace(new, message="--resume: there is no run yet, a new one starts" if config.resume else "")
 
@@ -213,7 +226,8 @@ def find_start(config) -> Start:
             key="enable",
         )
     step = config.checkpoint.load_step
-    if step == -1 or (_restarted(folder) and starts[-1].get("from_step") == step):
+    begun = _restarted(folder) and any(_is_of_job(start) and start.get("from_step") == step for start in starts)
+    if step == -1 or begun:
         # A restarted job resumes from what it has trained since.
         step = max(steps)
     later = [] if config.checkpoint.load_only else [path for number, path in steps.items() if number > step]
@@ -243,17 +257,21 @@ def _changed(config) -> dict[str, list[Any]] | None:
     return changes(identity(_with_defaults(before, config)), identity(schema.to_tables(config)))
 
 
-def _check_overwrite(config, places: list[Path]) -> None:
-    """Raise UserError if a folder that ``--overwrite`` may rename holds more than a run."""
-    needed = {"the working directory": Path.cwd(), "this project": recipe.PROJECT, "your home": Path.home()}
-    needed["hf_assets_path"] = Path(config.hf_assets_path)
+def _check_overwrite(config, places: list[Path], data: dict[str, Any]) -> None:
+    """Raise UserError if a folder that ``--overwrite`` may rename holds more than a run.
+
+    Args:
+        data: what the run reads, see `data_facts`.
+    """
+    needed = [("the working directory", Path.cwd()), ("this project", recipe.PROJECT), ("your home", Path.home())]
+    needed.append(("hf_assets_path", Path(config.hf_assets_path)))
     if config.checkpoint.initial_load_path and "://" not in config.checkpoint.initial_load_path:
-        needed["[checkpoint] initial_load_path"] = Path(config.checkpoint.initial_load_path)
-    for source in (config.dataloader, *getattr(config.dataloader, "sources", [])):
-        if path := getattr(source, "dataset_path", None):
-            needed["[dataloader] dataset_path"] = Path(path)
+        needed.append(("[checkpoint] initial_load_path", Path(config.checkpoint.initial_load_path)))
+    for table in data.keys() - {"tokenizer"}:
+        for source in data[table]:
+            needed += [(f"[{table}] dataset_path", Path(path)) for path, _ in source["files"]]
     for place in places:
-        for what, path in needed.items():
+        for what, path in needed:
             if path.resolve().is_relative_to(place):
                 raise UserError(
                     f"--overwrite would rename {place}, in which {what} ({path}) lies. Choose another --dump_folder.",
@@ -508,4 +526,8 @@ def _restarted(folder: Path) -> bool:
     """Whether this job has started the folder's run before and is started again after a fault."""
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     starts = read_starts(folder)
-    return any(number not in ("", "0") for number in counts) and bool(starts) and starts[-1].get("job") == _job()
+    return any(number not in ("", "0") for number in counts) and bool(starts) and _is_of_job(starts[-1])
+
+
+def _is_of_job(start: dict[str, Any]) -> bool:
+    return start.get("job") == _job()

@@ -7,12 +7,14 @@ import os
 import resource
 import shutil
 import signal
+import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
 from helpers import make_config, parameters, saved_run
 
+from nitp_titan import quiet
 from nitp_titan.checkpoint.resume import check_data
 from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.checkpoint.steps import complete_steps
@@ -189,6 +191,16 @@ def test_a_step_to_load_is_neither_ignored_in_a_new_folder_nor_in_a_remote_one(a
     trainer = _config(tmp_path / "run", checkpoint=remote).build()
     trainer.close()
     assert trainer.config.checkpoint.load_step == 9
+
+
+def test_a_resume_warns_of_nothing(copy):
+    trainer = _config(copy).build()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        quiet.install.__wrapped__()
+        trainer.checkpointer.load(step=-1)
+    trainer.close()
+    assert trainer.step == 3 and [str(each.message) for each in warned] == []
 
 
 def test_a_run_that_ended_with_its_model_only_says_so(assets, tmp_path):

@@ -169,6 +169,19 @@ def test_streamed_data_that_grew_go_on_unless_files_are_dealt_in_another_way(cor
     assert [text[: len(grown)] for text in changes.allowed] == ([grown] if fits else [])
 
 
+def test_other_data_are_those_of_the_run_once_a_checkpoint_has_their_state(corpus, run):
+    _edited(corpus)
+    begins = _config(corpus, flags=RESUME, checkpoint={"exclude_from_loading": ["dataloader"]})
+    start = find_start(begins)
+    assert start.message.endswith("the data begin again")
+    start.record(begins, documents=[80])
+    # Killed before its first checkpoint: the newest one has the state of the old data.
+    with pytest.raises(UserError, match="holds a run on other data: .*a.jsonl has .* or let the new data begin"):
+        find_start(_config(corpus))
+    start.note_checkpoint(2, documents=[80])
+    assert find_start(_config(corpus)).from_step == 1
+
+
 def test_another_number_of_sources_does_not_fit_the_state_of_the_data(corpus, run):
     sources = [TextSource(dataset_path=str(corpus / f"text/{name}.jsonl")) for name in "ab"]
     with pytest.raises(UserError, match=r"\[dataloader\] has 2 sources instead of 1"):

@@ -13,6 +13,7 @@ from helpers import make_config
 
 from nitp_titan import recipe, schema
 from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.data.mixtures import TextSource
 from nitp_titan.errors import UserError
 from nitp_titan.run import provenance, run_folder
 from nitp_titan.run.data_facts import data_facts
@@ -343,7 +344,14 @@ def test_a_restarted_job_goes_on_with_the_way_that_it_has_taken(config, run, mon
     (run / "checkpoint/step-9").mkdir()
     (run / "checkpoint/step-9/.metadata").touch()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = find_start(other_way)
+    assert (again.from_step, again.later) == (9, [])
+    # And at each further restart.
+    again.record(other_way)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert (find_start(other_way).from_step, find_start(other_way).later) == (9, [])
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert find_start(other_way).from_step == 3
 
 
 def _without_checkpoints(run):
@@ -401,6 +409,21 @@ def test_overwrite_renames_no_folder_that_more_lies_in(config, run, place, monke
     with pytest.raises(UserError, match="--overwrite would rename .*, in which .* lies. Choose another --dump_folder"):
         find_start(settings)
     assert _files(run) == before
+
+
+@pytest.mark.parametrize("table", ["dataloader", "validator.dataloader"])
+def test_overwrite_does_not_rename_the_data_that_it_reads(config, run, assets, table):
+    shutil.copytree(assets, run / "data")
+    places = (run / "data/train.jsonl", assets / "train.jsonl")
+    mixture = TextDataLoader.Config(sources=[TextSource(dataset_path=str(path)) for path in places])
+    settings = config(overwrite=True, validator={"enable": True, "dataloader": config().dataloader})
+    if table == "dataloader":
+        settings = dataclasses.replace(settings, dataloader=mixture)
+    else:
+        settings = dataclasses.replace(settings, validator=dataclasses.replace(settings.validator, dataloader=mixture))
+    with pytest.raises(UserError) as refused:
+        find_start(settings)
+    assert f"would rename {run}, in which [{table}] dataset_path ({places[0]}) lies" in str(refused.value)
 
 
 def test_overwrite_does_not_rename_the_checkpoint_that_it_starts_from(config, run):
