@@ -124,9 +124,9 @@ def _compare_sources(table: str, old: dict, new: dict, found: DataChanges, shuff
     if old["streamed"] != new["streamed"] and table == "dataloader":
         kinds = ["streamed" if source["streamed"] else "indexed" for source in (old, new)]
         found.other.append(f"{name} was {kinds[0]} and is {kinds[1]} (streaming)")
-    elif new["streamed"] and table == "dataloader" and _groups(old, num_streams) != _groups(new, num_streams):
-        _compare_files(name, old["files"], new["files"], found.other)
-    elif not _grew(old["files"], new["files"]):
+    elif not _grew(old["files"], new["files"]) or (
+        new["streamed"] and table == "dataloader" and _groups(old, num_streams) != _groups(new, num_streams)
+    ):
         _compare_files(name, old["files"], new["files"], found.other)
     elif [content for _, content in old["files"]] != [content for _, content in new["files"]]:
         number = old.get("documents")
