@@ -4,6 +4,7 @@ Two tasks: perplexity of whole documents, and the choice of a passage's true con
 other documents.
 """
 
+import glob
 import json
 import random
 import shutil
@@ -33,7 +34,7 @@ task: local_{name}
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {folder}/{data}.jsonl
+    test: {data}
 test_split: test
 {body}
 metadata:
@@ -170,7 +171,9 @@ def _write(folder: Path, documents: list[str], passages: list[dict], manifest: d
             ("perplexity", "documents", _PERPLEXITY + _by_word(documents)),
             ("continuation", "passages", _CONTINUATION),
         ):
-            task = _TASK.format(name=name, folder=_absolute(folder), data=data, body=body, format=_FORMAT)
+            # `datasets` takes it for a pattern, and YAML for more than a name.
+            path = json.dumps(glob.escape(f"{_absolute(folder)}/{data}.jsonl"), ensure_ascii=False)
+            task = _TASK.format(name=name, data=path, body=body, format=_FORMAT)
             (draft / f"local_{name}.yaml").write_text(task, encoding="utf-8")
         (draft / "manifest.json").write_text(json.dumps(manifest, indent=2))
         if folder.exists() and not _manifest(folder):

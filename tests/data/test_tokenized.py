@@ -285,7 +285,9 @@ def written(corpus, tmp_path_factory):
 def test_the_command_says_what_it_wrote_and_then_that_it_is_there(written, corpus):
     out, done = written
     what = f"{out}  150 documents, {Manifest.read(out).tokens:,} tokens in 64 shards"
-    assert done == (0, f"'{corpus}': 1 file, 150 documents\nwrote {what}\n")
+    # A slow machine says between them how far it is.
+    said = [line for line in done[1].splitlines() if not line.startswith("shard ")]
+    assert (done[0], said) == (0, [f"'{corpus}': 1 file, 150 documents", f"wrote {what}"])
     assert _script(*_flags(corpus, out), "--verify") == (0, f"already there: {what}, verified\n")
 
 

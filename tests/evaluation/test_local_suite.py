@@ -1,5 +1,7 @@
 """The benchmark made from any text."""
 
+import yaml
+from datasets import load_dataset
 from hf_models import write_text
 
 from nitp_titan.evaluation import local_suite
@@ -39,6 +41,16 @@ def test_the_suite_is_made_again_when_its_text_changes(tmp_path):
     text.unlink()
     local_suite.ensure(tmp_path / "suite")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["suite"]
+
+
+def test_a_suite_may_lie_in_a_folder_of_any_name(tmp_path):
+    documents = [f"{name} " * 400 for name in ("alpha", "beta", "gamma", "delta")]
+    folder = tmp_path / "my [1] suite: #a* 'b'"
+    local_suite.prepare(write_text(tmp_path / "text.jsonl", documents), folder)
+    for name, rows in (("perplexity", 4), ("continuation", None)):
+        task = yaml.safe_load((folder / f"local_{name}.yaml").read_text())
+        data = load_dataset("json", data_files=task["dataset_kwargs"]["data_files"], split="test")
+        assert len(data) == rows or rows is None and "choices" in data.column_names
 
 
 def test_a_text_without_words_has_no_perplexity_by_word(tmp_path):
