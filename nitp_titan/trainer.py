@@ -122,7 +122,7 @@ class NITPTrainer(Trainer):
         use_fresh_store()
         parallel_dims = super().init_distributed()
         self._agree()
-        open_log()
+        open_log(self.config.dump_folder)
         return parallel_dims
 
     def _agree(self) -> None:

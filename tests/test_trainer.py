@@ -179,8 +179,9 @@ def test_metrics_reach_tensorboard_and_wandb(assets, tmp_path, monkeypatch):
     config = make_config(tmp_path, training={"steps": 1}, metrics={"enable_tensorboard": True, "enable_wandb": True})
     trainer = config.build()
     seen = []
-    loggers = trainer.metrics_processor.logger._loggers[0]._loggers
-    assert [type(entry).__name__ for entry in loggers] == ["WandBLogger", "TensorBoardLogger"]
+    container, tensorboard, *_ = trainer.metrics_processor.logger._loggers[0]._loggers
+    loggers = [*container._loggers, tensorboard]
+    assert [type(entry).__name__ for entry in loggers] == ["WandBLogger", "TensorBoard"]
     for entry in loggers:
         monkeypatch.setattr(entry, "log", lambda metrics, step: seen.append(metrics))
     trainer.step = 1

@@ -96,8 +96,8 @@ def begin_log(*, structured_logger: logging.Logger, **options) -> None:
     structured_logger.addHandler(_Kept(structured_logger=structured_logger, **options))
 
 
-def open_log() -> None:
-    """Write the structured log from now on, and what it has kept so far.
+def open_log(output_dir: str) -> None:
+    """Write the structured log of a run folder from now on, and what it has kept so far.
 
     A record that cannot be written ends training as a checkpoint does that cannot be written; by itself `logging` would
     print a traceback for each.
@@ -105,6 +105,9 @@ def open_log() -> None:
     log = structured_logging._structured_logger
     for kept in [handler for handler in log.handlers if isinstance(handler, _Kept)]:
         log.removeHandler(kept)
+        if kept.options["output_dir"] != output_dir:
+            # Of an earlier start in this process, which was refused.
+            continue
         before = list(log.handlers)
         module, _, factory = structured_logging._DEFAULT_HANDLER_FACTORY.rpartition(".")
         getattr(import_module(module), factory)(**kept.options)

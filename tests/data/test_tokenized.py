@@ -218,7 +218,7 @@ def test_the_log_says_shards_documents_tokens_speed_and_time_left(tmp_path, text
     monkeypatch.setattr(token_workers, "SECONDS_BETWEEN_LINES", 0.05)
     text = TextSource(dataset_path=_write(tmp_path / "text.jsonl", texts * 40))
     _, said = _tokenize(text, assets, tmp_path / "tokens")
-    line = re.compile(r"shard \d+/64  documents ([\d,]+)  tokens [\d,]+  [\d,]+ tok/s(  left \d+s)?")
+    line = re.compile(r"shard \d+/64  documents ([\d,]+)  tokens [\d,]+  [\d,]+ tok/s(  left [\dhms]+)?")
     assert said[0] == f"'{text.dataset_path}': 1 file, 1,000 documents"
     documents = [int(line.fullmatch(each)[1].replace(",", "")) for each in said[1:]]
     assert documents and documents[-1] <= 1000 and "left" in said[-1]

@@ -85,8 +85,8 @@ def test_the_card_names_run_step_metrics_and_paper(runs, tmp_path):
         "library_name: transformers",
         "`LlamaForCausalLM` (llama3 debug), pre-trained with next implicit token prediction",
         "taken at step 2 of 3",
-        f"| NTP loss, training batch | {records[1]['ntp_loss']:.4f} |",
-        f"| NITP loss, training batch | {records[1]['nitp_loss']:.4f} |",
+        f"| NTP loss, training batch, step 2 | {records[1]['ntp_loss']:.4f} |",
+        f"| NITP loss, training batch, step 2 | {records[1]['nitp_loss']:.4f} |",
         "| nitp weight | 20.0 |",
         "arXiv:2605.24956",
     ):

@@ -71,16 +71,20 @@ def test_the_structured_log_is_written_once_the_run_folder_is_this_runs(log, tmp
     begin_log(structured_logger=log, rank=0, source="training", output_dir=str(tmp_path / "run"))
     log.info("started", extra=structured_logging.event_extra("started"))
     assert list(tmp_path.iterdir()) == []
-    open_log()
+    open_log(str(tmp_path / "other"))
+    assert list(tmp_path.iterdir()) == []
+    begin_log(structured_logger=log, rank=0, source="training", output_dir=str(tmp_path / "run"))
+    log.info("started", extra=structured_logging.event_extra("started"))
+    open_log(str(tmp_path / "run"))
     log.info("trains", extra=structured_logging.event_extra("trains"))
-    open_log()
+    open_log(str(tmp_path / "run"))
     (file,) = (tmp_path / "run/structured_logs").iterdir()
     assert [("started" in line, "trains" in line) for line in file.read_text().splitlines()] == [(1, 0), (0, 1)]
 
 
 def test_a_full_disk_ends_the_structured_log_in_one_line_and_not_in_a_traceback_per_record(log, tmp_path, capsys):
     begin_log(structured_logger=log, rank=0, source="training", output_dir=str(tmp_path))
-    open_log()
+    open_log(str(tmp_path))
     (handler,) = log.handlers
     # The full file stays open: closing it would write once more.
     handler.setStream(Path("/dev/full").open("w")).close()  # noqa: SIM115
