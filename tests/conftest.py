@@ -1,5 +1,6 @@
 """Shared fixtures: one process group of one rank, the generated assets, runs under torchrun."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -52,6 +53,13 @@ def project_folder():
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     os.environ.update(one_rank, MASTER_PORT=str(processes.free_port()))
     return PROJECT
+
+
+@pytest.fixture(autouse=True)
+def logging_enabled():
+    """Commands that a test runs in this process may turn logging off for their own."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

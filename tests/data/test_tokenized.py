@@ -265,8 +265,6 @@ def _run(start, argv):
             start()
         except SystemExit as end:
             return end.code, written.getvalue()
-        finally:
-            logging.disable(logging.NOTSET)
     return 0, written.getvalue()
 
 
