@@ -72,7 +72,12 @@ class Settings:
             return self.place(top, nested.partition(".")[0])
         if (table, key) in self.origins:
             return f"{self.origins[table, key]}: "
-        files = [origin for (name, _), origin in self.origins.items() if name == table]
+        # A recipe does not set the keys of a train config, nor the other way round.
+        files = [
+            origin
+            for (name, other), origin in self.origins.items()
+            if name == table and (key is None or is_recipe_key(name, other) == is_recipe_key(name, key))
+        ]
         return f"{files[-1]}: " if files else ""
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,12 +101,15 @@ class NITPTrainer(Trainer):
                 last_step=config.training.steps,
                 batches_per_step=self.gradient_accumulation_steps,
                 meter=self.meter,
+                # After the last step nothing else is left to do.
+                told_to_stop=lambda: self.stop.received and self.step < config.training.steps,
             )
         self.guard = self._guard()
         self.stopped = self._validates_again = False
         # On the CPU, so that no device waits while ranks agree on a stop or on the end of the data.
         num_ranks = torch.distributed.get_world_size()
         self._cpu_group = torch.distributed.new_group(backend="gloo") if num_ranks > 1 else None
+        self.stop = StopSignal(self._cpu_group)
         if isinstance(self.dataloader, TextDataLoader):
             self.dataloader.any_rank = lambda found: bool(agreement.largest(found, self._cpu_group))
         if torch.distributed.get_rank() == 0:
@@ -257,7 +259,7 @@ class NITPTrainer(Trainer):
 
     def train(self) -> None:
         """As `Trainer.train`; after SIGTERM or Ctrl-C it saves a checkpoint and exits with status `STOPPED`."""
-        with ends_with_others(self._cpu_group), StopSignal(self._cpu_group) as self.stop:
+        with ends_with_others(self._cpu_group), self.stop:
             super().train()
             self.checkpointer.maybe_wait_for_saving()
             if self.start.from_step == self.config.training.steps:
@@ -275,7 +277,7 @@ class NITPTrainer(Trainer):
                 f"Stopped by {self.stop.reason} after step {self.step}. Nothing was saved ([checkpoint] {key}): the "
                 f"same command starts again with step {1 + (self.start.from_step or 0)}."
             )
-            sys.exit(128 + signal.SIGTERM)
+            sys.exit(128 + self.stop.number)
         logger.warning(f"Stopped by {self.stop.reason} after step {self.step}; the same command goes on from there.")
         sys.exit(STOPPED)
 
@@ -286,7 +288,7 @@ class NITPTrainer(Trainer):
             self.validator.validate(self.model_parts, self.step)
         if not super().should_continue_training():
             return False
-        self.stopped = self.stop.agreed()
+        self.stopped = self.stop.agreed() or (self.config.validator.enable and self.validator.stopped)
         if self.stopped:
             self.checkpointer.save_now(self.step)
         return not self.stopped

@@ -23,13 +23,17 @@ TABLE = "validator.dataloader"
 # Seconds between tries of a source that does not answer, in one validation; about a minute together.
 PAUSES = (1, 2, 4, 8, 16, 32)
 # What a rank has for the next batch. The largest of all ranks is what happens.
-_ENDED, _FOUND, _AWAY = range(3)
+_ENDED, _FOUND, _AWAY, _STOPPED = range(4)
 
 Batches = tuple[dict[str, Tensor], Tensor]
 
 
 class ValidationSkipped(Exception):
     """A rank cannot read its part of the validation data now; raised on all ranks alike."""
+
+
+class ValidationStopped(Exception):
+    """A rank was told to stop; raised on all ranks alike."""
 
 
 class ProbingValidator(Validator):
@@ -63,20 +67,26 @@ class ProbingValidator(Validator):
         self.config = config
         self.meter: GeometryMeter | None = None
         self.last_step, self.num_probed = None, 0
+        self.stopped = False
+        """Whether a validation has ended early, since a rank was told to stop; the same on all ranks."""
         # On the CPU: nothing waits on a device while a rank waits for its data.
         self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         # `Validator.validate` builds its loader from this.
         self.dl_config = ValidationData(config.dataloader, self.group, self._microbatches_per_batch())
 
-    def prepare(self, *, last_step: int, batches_per_step: int, meter: GeometryMeter | None) -> None:
+    def prepare(
+        self, *, last_step: int, batches_per_step: int, meter: GeometryMeter | None, told_to_stop: Callable[[], bool]
+    ) -> None:
         """Take in what only the trainer knows.
 
         Args:
             last_step: of training; it is validated too.
             batches_per_step: batches of a rank that make up its share of a global batch.
             meter: of geometry; None measures none.
+            told_to_stop: whether this rank was told to stop training.
         """
         self.last_step, self.meter = last_step, meter
+        self.dl_config.told_to_stop = told_to_stop
         if meter is not None:
             self.num_probed = meter.settings.probe_batches * batches_per_step * self._microbatches_per_batch()
         if self.config.steps != -1:
@@ -93,17 +103,23 @@ class ProbingValidator(Validator):
         return inputs, passed_labels, extra
 
     def validate(self, model_parts, step: int) -> None:
-        """As `Validator.validate`; measures the first batches, the same each time, so that arms can be compared."""
+        """As `Validator.validate`; measures the first batches, the same each time, so that arms can be compared.
+
+        Of a validation that `stopped` nothing is recorded: the run that goes on does it again.
+        """
         if self.num_probed:
             self.meter.measure(self.num_probed, seed=self.meter.settings.seed)
         try:
             super().validate(model_parts, step)
-        except ValidationSkipped as skipped:
+        except (ValidationSkipped, ValidationStopped) as end:
             for model in model_parts:
                 model.train()
             if self.num_probed:
                 self.meter.active = False
-            self.metrics_processor.log_skipped_validation(step, str(skipped))
+            if isinstance(end, ValidationSkipped):
+                self.metrics_processor.log_skipped_validation(step, str(end))
+            else:
+                self.stopped = True
             return
         if self.num_probed:
             self.metrics_processor.log_probe(step, self.meter.finish(self.metrics_processor.rank))
@@ -138,6 +154,8 @@ class ValidationData:
     ):
         self.config, self.group, self.num_microbatches = config, group, num_microbatches
         self.pauses, self.sleep = pauses, sleep
+        self.told_to_stop: Callable[[], bool] = lambda: False
+        """Whether this rank was told to stop; asked before each batch."""
         self._loader: BaseDataLoader | None = None
 
     def build(self, **options: Any) -> "ValidationData":
@@ -149,6 +167,7 @@ class ValidationData:
         """
         Raises:
             ValidationSkipped: if a source of any rank does not answer after all pauses.
+            ValidationStopped: if any rank was told to stop.
             UserError: if no rank has a batch.
         """
         self._rewind()
@@ -156,6 +175,8 @@ class ValidationData:
         while True:
             state, batch, reason = self._next(pauses)
             together = largest(state, self.group)
+            if together == _STOPPED:
+                raise ValidationStopped
             if together == _AWAY:
                 raise ValidationSkipped(self._any(reason))
             if together == _ENDED:
@@ -177,7 +198,7 @@ class ValidationData:
 
     def _next(self, pauses: Iterator[float]) -> tuple[int, Batches | None, str]:
         """What this rank has, its batch and why there is none."""
-        while True:
+        while not self.told_to_stop():
             try:
                 if self._iterator is None:
                     self._iterator = iter(self._open())
@@ -191,6 +212,7 @@ class ValidationData:
                     return _AWAY, None, reason
                 logger.warning(f"validation waits {pause} s: {reason}")
                 self.sleep(pause)
+        return _STOPPED, None, ""
 
     def _open(self) -> BaseDataLoader:
         """The loader, which goes on after the last batch that it gave."""

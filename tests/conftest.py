@@ -56,10 +56,10 @@ def project_folder():
 
 
 @pytest.fixture(autouse=True)
-def logging_enabled():
-    """Commands that a test runs in this process may turn logging off for their own."""
-    yield
+def logging_on():
+    """Logging as TorchTitan has it: commands that other tests run in this process turn it off for their own."""
     logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")

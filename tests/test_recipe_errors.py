@@ -1,8 +1,9 @@
 """Mistakes in recipes and train configs: each is refused with a message that names it."""
 
 import pytest
-from recipe_files import GOOD_TRAIN_CONFIG
+from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 
+from nitp_titan import recipe
 from nitp_titan.errors import UserError
 from nitp_titan.layout import check_layout
 
@@ -212,3 +213,12 @@ def test_a_layout_that_does_not_fit_the_ranks_is_refused(files, machine, num_ran
     config = files(train_config=(GOOD_TRAIN_CONFIG, machine))
     with pytest.raises(UserError, match=message):
         check_layout(config, num_ranks)
+
+
+def test_a_key_that_no_file_sets_is_not_looked_for_in_a_file_of_the_other_kind(tmp_path):
+    (tmp_path / "recipe.toml").write_text(GOOD_RECIPE)
+    (tmp_path / "machine.toml").write_text(GOOD_TRAIN_CONFIG + '[dataloader]\ndataset_path = "text.jsonl"\n')
+    settings = recipe.read_settings(tmp_path / "recipe.toml", tmp_path / "machine.toml")
+    assert settings.place("dataloader", "num_streams") == ""
+    assert settings.place("dataloader", "streaming") == f"{tmp_path}/machine.toml: "
+    assert settings.place("training", "max_norm") == f"{tmp_path}/recipe.toml: "

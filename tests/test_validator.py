@@ -1,6 +1,8 @@
 """Validation: each rank reads its own part, all ranks agree, a hub that is away ends nothing; the last step counts."""
 
 import json
+import os
+import signal
 from functools import partial
 
 import httpx
@@ -16,8 +18,9 @@ from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
 from nitp_titan.report.runs import read_arms
+from nitp_titan.run.stopping import STOPPED
 from nitp_titan.trainer import validator_with_streams
-from nitp_titan.validator import ValidationData, ValidationSkipped
+from nitp_titan.validator import ValidationData, ValidationSkipped, ValidationStopped
 
 SEQ_LEN, GLOBAL_BATCH = 32, 24
 
@@ -218,6 +221,25 @@ def test_a_validation_that_one_rank_cannot_read_is_left_out_on_all(monkeypatch, 
     assert world.validate() == expected
 
 
+def test_a_validation_in_which_one_rank_is_told_to_stop_ends_on_all_after_the_same_batch(tmp_path, monkeypatch):
+    _write(tmp_path / "a.jsonl", 90)
+    world = World(monkeypatch, 3, dataset_path=str(tmp_path / "a.jsonl"), num_streams=3)
+    expected, asked = world.validate(), []
+    # Told between its second and its third batch.
+    world.data[1].told_to_stop = lambda: asked.append(1) or len(asked) > 2
+
+    def one(data):
+        found = []
+        with pytest.raises(ValidationStopped):
+            for batch in data:
+                found.append(batch)
+        return len(found)
+
+    assert world.ranks.run([partial(one, data) for data in world.data]) == [2, 2, 2]
+    world.data[1].told_to_stop = lambda: False
+    assert world.validate() == expected
+
+
 @pytest.mark.parametrize(
     "error", [_http_error(404, RepositoryNotFoundError), OfflineModeIsEnabled("HF_HUB_OFFLINE=1"), ValueError("no")]
 )
@@ -352,3 +374,38 @@ def test_training_goes_on_after_a_validation_that_was_left_out(assets, tmp_path,
     assert all(part.training for part in trainer.model_parts)
     assert "step 2: the validation is left out, training goes on. owner/name: it asks to wait (429" in caplog.text
     assert opened.count("owner/name") == 1
+
+
+def test_a_run_that_is_told_to_stop_while_it_validates_saves_at_once_and_validates_again(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchtitan.trainer.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    checkpoint = {"enable": True, "interval": 100, "last_save_model_only": False}
+    validation = TextDataLoader.Config(dataset_path=str(assets / "validation.jsonl"), infinite=False)
+    validator = {"enable": True, "freq": 2, "steps": 4, "dataloader": validation}
+
+    def train(folder, *, stop_at=None):
+        trainer = _run(tmp_path / folder, assets, checkpoint=checkpoint, validator=validator).build()
+        loss, model = trainer.validator.loss_fn, trainer.model_parts[0]
+
+        def stopped(*arguments):
+            if trainer.step == stop_at and not model.training:
+                os.kill(os.getpid(), signal.SIGINT)
+            return loss(*arguments)
+
+        trainer.validator.loss_fn = stopped
+        try:
+            trainer.train()
+        except SystemExit as end:
+            return end.code, [trainer.step, model.training]
+        finally:
+            trainer.close()
+        return 0, [trainer.step, model.training]
+
+    assert train("whole") == (0, [3, True])
+    assert train("stopped", stop_at=2) == (STOPPED, [2, True])
+    steps = [[record["step"] for record in read_records(tmp_path / f"stopped/{file}.jsonl")] for file in FILES]
+    assert steps == [[1]] * 4 and (tmp_path / "stopped/checkpoint/step-2/.metadata").exists()
+    # After the last step only its validation is left, which is finished.
+    assert train("stopped", stop_at=3) == (0, [3, True])
+    for file in ("validation", "probe"):
+        assert read_records(tmp_path / f"stopped/{file}.jsonl") == read_records(tmp_path / f"whole/{file}.jsonl")

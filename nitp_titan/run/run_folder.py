@@ -111,6 +111,9 @@ class Start:
             # The lines themselves are cut off when the metrics are resumed.
             if lines := later_lines(path, self.from_step):
                 write_atomically(place / path.name, lines)
+        if data := _read_data(self.folder):
+            _write_data(place, data)
+            _write_data(self.folder, [one for one in data if one["first_step"] <= self.from_step])
         # The newest last: until it is moved, a start without load_step resumes from it as before.
         for path in self.later:
             path.rename(place / path.name)
@@ -121,7 +124,7 @@ class Start:
     def record(self, config, *, documents: list[int | None] | None = None, **facts: Any) -> None:
         """Write ``resolved.toml``, ``resolved.json`` and a line of ``starts.jsonl``. For rank 0 alone.
 
-        ``data.json`` tells of the data of the checkpoints: of a run that goes on it is written with the first new one.
+        ``data.json`` tells of the data of the checkpoints: data of a run that goes on come with their first one.
 
         Args:
             config: the ``NITPTrainer.Config`` that is trained.
@@ -153,17 +156,20 @@ class Start:
             _hold(self.folder)
             _append_line(self.folder / _STARTS, redact(json.dumps(line)))
             if self.from_step is None:
-                self._record_data(documents)
+                self._record_data(0, documents, before=[])
             recipe.write_resolved(config, self.folder)
         except OSError as error:
             raise UserError(f"{error.filename or self.folder} cannot be written: {error.strerror}.") from None
 
-    def _record_data(self, documents: list[int | None] | None) -> None:
+    def _record_data(self, step: int, documents: list[int | None] | None, before: list[dict[str, Any]]) -> None:
+        """Put down that checkpoints from a step on are of the data of this start."""
         from nitp_titan.run.data_facts import with_documents
 
-        if self.data is not None:
-            text = json.dumps(with_documents(self.data, documents or []), indent=1)
-            write_atomically(self.folder / _DATA, text + "\n")
+        if self.data is None:
+            return
+        facts = with_documents(self.data, documents or [])
+        if not before or before[-1]["facts"] != facts:
+            _write_data(self.folder, [*before, {"first_step": step, "facts": facts}])
 
     def note_checkpoint(self, step: int, documents: list[int | None] | None = None) -> None:
         """Remember in the run folder that it has a checkpoint, and of what data. For rank 0 alone.
@@ -172,7 +178,7 @@ class Start:
             documents: as for `record`.
         """
         if self.from_step is not None:
-            self._record_data(documents)
+            self._record_data(step, documents, _read_data(self.folder))
         write_atomically(self.folder / _SAVED, json.dumps({"step": step}) + "\n")
 
 
@@ -210,7 +216,8 @@ def find_start(config) -> Start:
     none = not steps and checkpoints is not None
     if changed != {} and (none or not config.resume):
         raise UserError(_refusal(folder, changed, resume=config.resume, none=none))
-    grown = _check_data(config, new.data, none=none)
+    step = _step_to_load(config, steps)
+    grown = _check_data(config, new.data, step, none=none)
     starts = read_starts(folder)
     again = replace(new, wandb_id=given_id or (starts and starts[-1].get("wandb_id")) or new.wandb_id)
     if checkpoints is None:
@@ -225,14 +232,9 @@ def find_start(config) -> Start:
             table="checkpoint",
             key="enable",
         )
-    step = config.checkpoint.load_step
-    begun = _restarted(folder) and any(_is_of_job(start) and start.get("from_step") == step for start in starts)
-    if step == -1 or begun:
-        # A restarted job resumes from what it has trained since.
-        step = max(steps)
     later = [] if config.checkpoint.load_only else [path for number, path in steps.items() if number > step]
-    said = "; ".join(([f"with {_shown(changed)}"] if changed else []) + grown)
-    message = f"{folder}: the run goes on from step {step}{' ' * bool(said)}{said}"
+    with_changed = f" with {_shown(changed)}" if changed else ""
+    message = "; ".join([f"{folder}: the run goes on from step {step}{with_changed}", *grown])
     if step in steps and step > config.training.steps:
         raise UserError(
             f"{folder}: the run has done {step} steps, and [training] steps = {config.training.steps}. Take more "
@@ -245,6 +247,16 @@ def find_start(config) -> Start:
     # Weights & Biases takes no step twice: training again from an earlier step is another run there.
     wandb_id = new.wandb_id if later else again.wandb_id
     return replace(new, from_step=step, later=later, message=message, wandb_id=wandb_id)
+
+
+def _step_to_load(config, steps: dict[int, Path]) -> int | None:
+    """The checkpoint of a run folder that training goes on from; None if it is not known to have one."""
+    step, folder = config.checkpoint.load_step, Path(config.dump_folder)
+    # A restarted job resumes from what it has trained since.
+    begun = _restarted(folder) and any(
+        _is_of_job(start) and start.get("from_step") == step for start in read_starts(folder)
+    )
+    return max(steps, default=None) if step == -1 or begun else step
 
 
 def _changed(config) -> dict[str, list[Any]] | None:
@@ -280,8 +292,12 @@ def _check_overwrite(config, places: list[Path], data: dict[str, Any]) -> None:
                 )
 
 
-def _check_data(config, now: dict[str, Any], *, none: bool) -> list[str]:
+def _check_data(config, now: dict[str, Any], step: int | None, *, none: bool) -> list[str]:
     """What ``--resume`` allows of changed data, in words.
+
+    Args:
+        now: what this start reads, see `data_facts`.
+        step: of the checkpoint that it goes on from; None if that is not known.
 
     Raises:
         UserError: if the data are not those of the run in the folder.
@@ -290,10 +306,10 @@ def _check_data(config, now: dict[str, Any], *, none: bool) -> list[str]:
 
     folder = Path(config.dump_folder)
     try:
-        before = json.loads((folder / _DATA).read_text(encoding="utf-8"))
+        before = _data_of(folder, step)
         order = {key: getattr(config.dataloader, key, None) for key in ("shuffle", "num_streams")}
         found = compare(before, now, shuffle=bool(order["shuffle"]), num_streams=order["num_streams"] or 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError, ValueError):
         if config.resume:
             return [f"its {_DATA} is missing or damaged, so that its data are not compared"]
         raise UserError(
@@ -310,7 +326,9 @@ def _check_data(config, now: dict[str, Any], *, none: bool) -> list[str]:
         way_out = "" if none else ", or go on all the same with --resume"
         said = listed(found.allowed)
         raise UserError(f"{folder} holds a run on other data: {said}. {_WAYS_OUT.capitalize()}{way_out}.")
-    return found.allowed + ([f"{listed(found.other)}: the data begin again"] if found.other else [])
+    if not begins_again or none:
+        return found.allowed
+    return [*found.allowed, f"{listed(found.other)}: the data begin again" if found.other else "the data begin again"]
 
 
 def _check_nothing_lost(config, checkpoints: Path) -> None:
@@ -480,6 +498,27 @@ def _append_line(path: Path, text: str) -> None:
         file.write((b"\n" if cut else b"") + text.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _read_data(folder: Path) -> list[dict[str, Any]]:
+    """``[{"first_step", "facts"}, ...]`` of ``data.json``: of which data checkpoints are, the first step first.
+
+    Empty if the file is missing or damaged.
+    """
+    try:
+        found = json.loads((folder / _DATA).read_text(encoding="utf-8"))
+        return found if all(isinstance(one["first_step"], int) and one["facts"] for one in found) else []
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def _write_data(folder: Path, data: list[dict[str, Any]]) -> None:
+    write_atomically(folder / _DATA, json.dumps(data, indent=1) + "\n")
+
+
+def _data_of(folder: Path, step: int | None) -> dict[str, Any]:
+    """The data of a checkpoint, of the newest one for None; IndexError if they are unknown."""
+    return [one["facts"] for one in _read_data(folder) if step is None or one["first_step"] <= step][-1]
 
 
 def _read_resolved(folder: Path) -> Tables | None:

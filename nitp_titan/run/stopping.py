@@ -52,8 +52,11 @@ class StopSignal:
     def __init__(self, group: dist.ProcessGroup | None):
         self.reason = "a signal to another rank"
         """What stopped the run, as messages say it."""
+        self.number = signal.SIGTERM
+        """The signal, as far as this rank knows."""
         self._group = group
-        self._received = False
+        self.received = False
+        """Whether this rank was sent a signal."""
         self._work: dist.Work | None = None
         self._num_ranks = torch.zeros((), dtype=torch.int64)
         self._before: dict[int, object] = {}
@@ -84,17 +87,18 @@ class StopSignal:
             self._work.wait()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received, self.reason = True, _SIGNALS[signal.Signals(number)]
+        self.received, self.number = True, signal.Signals(number)
+        self.reason = _SIGNALS[self.number]
 
     def agreed(self) -> bool:
         """Called once a step by every rank: whether some rank had received the signal one step ago."""
         if self._group is None:
-            return self._received
+            return self.received
         agreed = False
         if self._work is not None:
             self._work.wait()
             agreed = bool(self._num_ranks > 0)
-        self._num_ranks = torch.tensor(int(self._received))
+        self._num_ranks = torch.tensor(int(self.received))
         self._work = dist.all_reduce(self._num_ranks, group=self._group, async_op=True)
         return agreed
 
@@ -113,11 +117,12 @@ def _count_signals(pipe: int) -> None:
             continue
         now = time.monotonic()
         if first is None:
-            first = now
+            first, first_name = now, name
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 logger.info(f"{name}: this step is finished and saved; a second one ends training at once.")
         elif now - first > _SECONDS_PASSED_ON:
-            _end_at_once(f"{name} again: training ends at once, and this step is not saved.", 128 + numbers[0])
+            again = " again" if name == first_name else ""
+            _end_at_once(f"{name}{again}: training ends at once, and this step is not saved.", 128 + numbers[0])
     os.close(pipe)
 
 

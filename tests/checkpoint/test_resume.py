@@ -288,7 +288,8 @@ def test_a_renamed_copy_of_a_checkpoint_is_neither_loaded_nor_deleted(copy):
     assert names == ["step-2-best", "step-4", "step-5", "step-9.old"]
 
 
-def test_sigterm_without_checkpoints_says_that_nothing_is_saved(assets, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_stop_without_checkpoints_says_that_nothing_is_saved(assets, tmp_path, monkeypatch, caplog, number, name):
     monkeypatch.setattr("torchtitan.trainer.time.sleep", lambda seconds: None)
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
     trainer = _config(tmp_path, checkpoint={"enable": False}, resume=False).build()
@@ -296,14 +297,14 @@ def test_sigterm_without_checkpoints_says_that_nothing_is_saved(assets, tmp_path
 
     def stopped(batches):
         train_step(batches)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(trainer, "train_step", stopped)
     with pytest.raises(SystemExit) as ended:
         trainer.train()
-    assert ended.value.code == 128 + signal.SIGTERM
+    assert ended.value.code == 128 + number
     assert caplog.messages[-1] == (
-        "Stopped by SIGTERM after step 1. Nothing was saved ([checkpoint] enable = false): the same command starts "
+        f"Stopped by {name} after step 1. Nothing was saved ([checkpoint] enable = false): the same command starts "
         "again with step 1."
     )
 

@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import io
 import json
-import logging
 import re
 import runpy
 import signal

@@ -90,7 +90,7 @@ def test_data_that_grew_at_their_end_go_on_with_resume_which_says_from_where_the
         find_start(_config(corpus))
     assert str(refused.value).startswith(f"{run} holds a run on other data: {said}. ")
     assert str(refused.value).endswith("or go on all the same with --resume.")
-    assert find_start(_config(corpus, flags=RESUME)).message == f"{run}: the run goes on from step 1 {said}"
+    assert find_start(_config(corpus, flags=RESUME)).message == f"{run}: the run goes on from step 1; {said}"
     (run / "checkpoint").rename(run / "away")
     with pytest.raises(UserError, match="grew at its end"):
         find_start(_config(corpus, flags=RESUME))
@@ -179,7 +179,37 @@ def test_other_data_are_those_of_the_run_once_a_checkpoint_has_their_state(corpu
     with pytest.raises(UserError, match="holds a run on other data: .*a.jsonl has .* or let the new data begin"):
         find_start(_config(corpus))
     start.note_checkpoint(2, documents=[80])
-    assert find_start(_config(corpus)).from_step == 1
+    (run / "checkpoint/step-1").rename(run / "checkpoint/step-2")
+    assert find_start(_config(corpus)).from_step == 2
+
+
+def test_data_that_begin_again_say_so_whether_or_not_they_have_changed(corpus, run):
+    again = _config(corpus, checkpoint={"exclude_from_loading": ["dataloader"]})
+    assert find_start(again).message.endswith("goes on from step 1; the data begin again")
+
+
+def test_each_checkpoint_is_compared_with_its_own_data(corpus, run):
+    old = (corpus / "text/a.jsonl").read_text()
+    _edited(corpus)
+    begins = _config(corpus, flags=RESUME, checkpoint={"exclude_from_loading": ["dataloader"]})
+    start = find_start(begins)
+    start.record(begins, documents=[80])
+    shutil.copytree(run / "checkpoint/step-1", run / "checkpoint/step-2")
+    start.note_checkpoint(2, documents=[80])
+    assert find_start(_config(corpus)).from_step == 2
+    # Step 1 is of the text as it was.
+    earlier = _config(corpus, checkpoint={"load_step": 1})
+    with pytest.raises(UserError, match=r"holds a run on other data: .*a.jsonl has .* Restore them"):
+        find_start(earlier)
+    (corpus / "text/a.jsonl").write_text(old)
+    branch = find_start(earlier)
+    assert branch.from_step == 1
+    with pytest.raises(UserError, match="holds a run on other data"):
+        find_start(_config(corpus))
+    branch.settle()
+    branch.record(earlier, documents=[80])
+    branch.note_checkpoint(2, documents=[80])
+    assert [one["first_step"] for one in json.loads((run / "data.json").read_text())] == [0]
 
 
 def test_another_number_of_sources_does_not_fit_the_state_of_the_data(corpus, run):
@@ -204,8 +234,9 @@ def test_a_run_whose_data_are_unknown_is_refused(corpus, run, damage):
 
 
 def test_the_facts_are_kept_beside_the_settings_and_no_path_identifies_a_run(corpus, run):
-    kept = json.loads((run / "data.json").read_text())
-    assert kept == with_documents(data_facts(_config(corpus)), [80])
+    (record,) = json.loads((run / "data.json").read_text())
+    kept = record["facts"]
+    assert record["first_step"] == 0 and kept == with_documents(data_facts(_config(corpus)), [80])
     assert [path.rpartition("/")[2] for path, _ in kept["dataloader"][0]["files"]] == ["a.jsonl", "b.jsonl"]
     assert kept["dataloader"][0]["documents"] == 80
     assert recipe.read_toml(run / "resolved.toml")["dataloader"]["dataset_path"] == str(corpus / "text")

@@ -38,7 +38,7 @@ def run(config, tmp_path):
     """A folder as a run of `config` leaves it, with checkpoints up to step 20; the last one is half-written."""
     folder = tmp_path / "run"
     recipe.write_resolved(config(), folder)
-    (folder / "data.json").write_text(json.dumps(data_facts(config())))
+    (folder / "data.json").write_text(json.dumps([{"first_step": 0, "facts": data_facts(config())}]))
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     for step in (3, 20, 100):
         (folder / f"checkpoint/step-{step}").mkdir(parents=True)
