@@ -86,11 +86,14 @@ def test_ctrl_c_in_the_quickstart_lets_its_run_save_and_says_how_to_go_on(assets
     environment = {key: value for key, value in os.environ.items() if key not in one_rank}
     with (tmp_path / "said.txt").open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=PROJECT, env=environment)
-        while "ntp: step 1/200" not in (tmp_path / "said.txt").read_text():
-            assert process.poll() is None, (tmp_path / "said.txt").read_text()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=90) == 130
+        try:
+            while "ntp: step 1/200" not in (tmp_path / "said.txt").read_text():
+                assert process.poll() is None, (tmp_path / "said.txt").read_text()
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=200) == 130
+        finally:
+            process.kill()
     said = (tmp_path / "said.txt").read_text()
     assert said.splitlines()[-1] == "interrupted: runs keep what they have saved; the same command goes on."
     assert "Traceback" not in said and "Stopped by Ctrl-C after step" in (tmp_path / "ntp/log.txt").read_text()
