@@ -6,6 +6,8 @@ The same command goes on where it stopped; what is finished is not trained again
 """
 
 import argparse
+import re
+from functools import partial
 from pathlib import Path
 
 import _checkout  # noqa: F401
@@ -41,7 +43,9 @@ def main() -> None:
         f"{manifest['train']['bytes'] / 1e6:.1f} MB (assets/stdlib)",
         flush=True,
     )
-    flags = [] if arguments.steps is None else ["--training.steps", str(arguments.steps)]
+    # Curves are averages over logged steps: single batches are noisy.
+    flags = ["--metrics.log_freq", "1"]
+    flags += [] if arguments.steps is None else ["--training.steps", str(arguments.steps)]
     for name, recipe_name in ARMS.items():
         arm = Arm(
             name=name,
@@ -51,7 +55,7 @@ def main() -> None:
             flags=flags,
             data=manifest["train"],
         )
-        arm.train(lambda line, name=name: print(f"{name}: {line}", flush=True))
+        arm.train(partial(_say, name))
 
     folder = arguments.out / "report"
     report = Report(*read_arms([f"{name}={arguments.out / name}" for name in ARMS]))
@@ -59,6 +63,13 @@ def main() -> None:
     print("\n" + markdown_table(report) + "\n\n" + "\n".join(report.sentences()))
     print(f"\nruns    {arguments.out}/ntp  {arguments.out}/nitp\nreport  {folder}/index.html  {folder}/report.md")
     print(NEXT.format(out=arguments.out))
+
+
+def _say(arm: str, line: str) -> None:
+    """Print a line of an arm; of the steps every tenth, the first and the last."""
+    step = re.match(r"step (\d+)/(\d+)", line)
+    if step is None or int(step[1]) % 10 == 0 or step[1] in ("1", step[2]):
+        print(f"{arm}: {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -180,8 +180,8 @@ def test_the_project_s_own_files_are_found_from_another_folder_unless_it_has_its
     assert found() == relative
 
 
-def test_every_sequence_of_a_quickstart_batch_is_of_another_document():
+def test_every_sequence_of_thirteen_quickstart_batches_is_of_another_document():
     """Or its curves would follow the text: half a nat of NTP loss from one module to the next."""
     for arm in ("ntp", "nitp"):
         tables = recipe.read_recipe(recipe.find(f"debug/{arm}_quickstart", "recipes")).tables
-        assert tables["dataloader"] == {"num_streams": tables["training"]["global_batch_size"], "shuffle": True}
+        assert tables["dataloader"] == {"num_streams": 13 * tables["training"]["global_batch_size"], "shuffle": True}

@@ -102,7 +102,6 @@ FIGURES = [
     Figure("cosine", ".3f", lambda run: run.geometry_series("hidden", "cosine"), averaged=True),
     Figure("probe effective rank", ".1f", lambda run: run.probe_series("hidden", "effective_rank")),
     Figure("probe cosine", ".3f", lambda run: run.probe_series("hidden", "cosine")),
-    Figure("memory GiB", ".2f", lambda run: run.series("memory_gib"), compared=False),
 ]
 
 
