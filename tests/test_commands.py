@@ -101,6 +101,19 @@ def test_ctrl_c_in_the_quickstart_lets_its_run_save_and_says_how_to_go_on(assets
     assert json.loads((tmp_path / "ntp/arm.json").read_text())["finished"] is False
 
 
+def test_the_tests_for_a_gpu_do_not_pass_without_one():
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "-m gpu: these tests need a GPU, and torch finds none here." in done.stdout + done.stderr
+
+
+def test_git_is_not_shown_what_the_commands_of_the_readme_make():
+    ignored = (PROJECT / ".gitignore").read_text().split()
+    assert {"/.venv/", "/assets/", "/outputs/", "/tokens/", "/my_data/"} <= set(ignored)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_help_of_a_script_says_what_happens_without_a_flag(monkeypatch, script):
     class Read(Exception):

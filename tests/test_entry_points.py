@@ -217,6 +217,9 @@ def test_the_quickstart_writes_both_runs_and_the_report_and_a_second_time_is_fas
         assert (tmp_path / arm / "resolved.toml").exists() and (tmp_path / arm / "checkpoint/step-3/.metadata").exists()
     assert (tmp_path / "report/index.html").exists() and (tmp_path / "report/overview.png").exists()
     assert "| nitp | " in first.stdout and "report/index.html" in first.stdout and "nitp: step 1/3" in first.stdout
+    # A newcomer is outside of the environment, which every other command needs.
+    after = first.stdout[first.stdout.index("\nnext ") :].split("\n")
+    assert "source .venv/bin/activate" in after[1] and f"--checkpoint {tmp_path}/nitp --out" in after[4]
     second = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (
         second.returncode == 0 and "ntp: already trained" in second.stdout and "nitp: already trained" in second.stdout

@@ -333,6 +333,20 @@ def test_the_tables_have_mean_range_difference_and_steps(seeds):
     assert not any(row[0] in ("tokens", "NITP loss") for row in rows)
 
 
+def test_a_figure_that_rounds_to_nothing_has_no_sign_of_less(seeds):
+    arms = arms_of(seeds / "ntp", seeds / "nitp")
+    tiny = {"hidden": {"tokens": 512, "effective_rank": 9.0, "cosine": -1e-9}}
+    for index, arm in enumerate(arms):
+        probe = [{"step": 100, "hidden": tiny["hidden"] | {"cosine": -1e-9 * (index + 1)}}]
+        arm.runs[:] = [dataclasses.replace(run, probe=probe) for run in arm.runs]
+    report = Report(arms)
+    header, rows = report.final_table()
+    assert [row[header.index("probe cosine")] for row in rows] == ["0.000 ± 0.000", "0.000 ± 0.000", "100"]
+    cells = next(row for row in report.difference_table()[1] if row[0] == "probe cosine")
+    assert cells[3:5] == ["+0.000", "+0.000 to +0.000"]
+    assert "probe cosine +0.000 (+0.000 to +0.000)" in report.sentences()[0]
+
+
 def test_every_figure_is_a_file_and_in_the_page(seeds):
     report = Report(arms_of(seeds / "ntp", seeds / "nitp"))
     report.write(seeds / "out")

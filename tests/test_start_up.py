@@ -62,6 +62,19 @@ def test_looking_at_recipes_takes_less_than_a_second_and_imports_nothing_heavy(p
     assert done["seconds"] < 1
 
 
+def test_a_train_config_that_is_not_there_is_named_before_anything_heavy_is_imported(project_folder):
+    code = (
+        "import runpy, sys\nsys.path.insert(0, 'scripts')\n"
+        "try:\n    runpy.run_path('scripts/recipe.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    print(end.code)\n"
+        f"print({HEAVY} & {{name.split('.')[0] for name in sys.modules}})\n"
+    )
+    command = [sys.executable, "-c", code, "check", "debug/nitp_debug", "no_such_config"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    end, imported = done.stdout.splitlines()
+    assert "no_such_config.toml does not exist" in end and imported == "set()"
+
+
 HELP = """
 import json, sys, time
 from nitp_titan import train

@@ -305,6 +305,12 @@ def test_the_last_step_is_logged_measured_and_validated_once(assets, tmp_path):
     assert problems == []
 
 
+def test_the_last_step_is_logged_where_nothing_else_is_due(assets, tmp_path):
+    trainer = _run(tmp_path, assets, geometry={"enable": False}).build()
+    trainer.close()
+    assert [step for step in range(1, 6) if trainer.metrics_processor.should_log(step)] == [1, 3]
+
+
 def test_a_run_of_the_paper_ends_with_figures_of_its_last_step(assets, tmp_path):
     trainer = _run(tmp_path, assets, training={"steps": 47_684}).build()
     trainer.close()

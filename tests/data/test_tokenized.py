@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import re
 import runpy
 import signal
@@ -25,7 +26,7 @@ import nitp_titan.train
 from nitp_titan.data import token_workers
 from nitp_titan.data.loader import check_dataset, check_sources, TextDataLoader
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.data.tokenization import tokenize, verify
+from nitp_titan.data.tokenization import alone_in, open_job, settings_of, tokenize, verify
 from nitp_titan.data.tokenized import Manifest
 from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
@@ -314,6 +315,35 @@ def test_a_killed_command_goes_on_to_the_same_folder(corpus, written, tmp_path):
     assert status == 0 and "documents\ngoes on: " in said and "of 64 shards are there\n" in said and "\nwrote " in said
     assert (out / "shard_00001.tokens").stat().st_mtime_ns == times["shard_00001.tokens"]
     assert _contents(out) == _contents(written[0])
+
+
+def test_ctrl_c_ends_the_command_and_its_workers_in_one_line(corpus, tmp_path):
+    out = tmp_path / "tokens"
+    command = [sys.executable, "scripts/tokenize_data.py", *_flags(corpus, out), "--workers", "2"]
+    # A terminal sends it to all processes of the command.
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
+    while not list(out.glob("unfinished/shard_*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (130, "interrupted: finished shards are kept; the same command goes on.\n")
+    assert list(out.glob("unfinished/shard_*.json")) and not (out / "manifest.json").exists()
+
+
+def test_a_text_that_was_edited_meanwhile_is_not_gone_on_with(texts, assets, tmp_path):
+    path, out = tmp_path / "text.jsonl", tmp_path / "tokens"
+    text = TextSource(dataset_path=_write(path, ["one", "two", *texts]))
+    # As after a kill: nothing is written yet but the settings.
+    with alone_in(out):
+        open_job(text, str(assets), out, settings_of(text, str(assets)), 4)
+    times = path.stat()
+    _write(path, ["one", "too", *texts])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    message = rf"^--out {out} holds other tokens: hash of {path}: '\w{{12}}' -> '\w{{12}}'. Choose another --out.$"
+    with pytest.raises(UserError, match=message):
+        _tokenize(text, assets, out, num_shards=4)
 
 
 def test_a_run_from_tokens_has_the_losses_of_the_run_from_text(corpus, written, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,9 +95,19 @@ def test_the_card_names_run_step_metrics_and_paper(runs, tmp_path):
     assert f"{records[2]['ntp_loss']:.4f}" not in card
 
 
+def test_the_snippet_of_the_card_runs_in_the_folder_of_the_model(runs, tmp_path, monkeypatch, capsys):
+    out = export(runs("llama3/debug")[0], tmp_path / "hf")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(out)
+    exec(snippet, {})
+    assert "The" in capsys.readouterr().out
+
+
 def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path):
     folder, _ = runs("llama3/debug")
     command = [sys.executable, "scripts/export_hf.py", "--checkpoint", str(folder), "--out", str(tmp_path / "hf")]
+    # An empty folder is no other model.
+    (tmp_path / "hf").mkdir()
     # What an export that was killed left behind.
     (tmp_path / ".hf.incomplete").mkdir()
     (tmp_path / ".hf.incomplete/model.safetensors").write_text("half")
