@@ -127,6 +127,17 @@ def test_missing_assets_are_named_before_anything_is_built(assets, tmp_path):
     assert not (tmp_path / "resolved.toml").exists()
 
 
+def test_a_start_says_what_it_reads_and_what_it_leaves_out(tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl.zst"):
+        (tmp_path / name).write_text('{"text": "some words"}\n')
+    _loader(tokenizer, dataset_path=str(tmp_path))
+    assert [message for message in caplog.messages if message.startswith(f"[dataloader] '{tmp_path}'")] == [
+        f"[dataloader] '{tmp_path}': 2 files, 2 documents",
+        f"[dataloader] '{tmp_path}': not read: {tmp_path}/c.jsonl.zst (of another ending, or a dead link)",
+    ]
+
+
 def test_validation_on_a_text_of_training_is_warned_of(assets, tmp_path, caplog):
     caplog.set_level("WARNING")
     copy = tmp_path / "copy.jsonl"

@@ -224,6 +224,14 @@ def test_the_log_says_shards_documents_tokens_speed_and_time_left(tmp_path, text
     assert documents and documents[-1] <= 1000 and "left" in said[-1]
 
 
+def test_the_log_says_what_is_left_out(tmp_path, texts, assets):
+    for name in ("text.jsonl", "more.jsonl.zst"):
+        _write(tmp_path / name, texts)
+    _, said = _tokenize(TextSource(dataset_path=str(tmp_path)), assets, tmp_path / "tokens", num_shards=1)
+    left_out = f"warning: '{tmp_path}': not read: {tmp_path}/more.jsonl.zst (of another ending, or a dead link)"
+    assert said == [f"'{tmp_path}': 1 file, {len(texts)} documents", left_out]
+
+
 def test_a_worker_that_is_killed_or_fails_without_a_word_ends_the_command_with_one_line():
     silent = SimpleNamespace(empty=lambda: True)
     for codes, message in (
