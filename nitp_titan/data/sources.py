@@ -11,7 +11,7 @@ from nitp_titan.data.mixtures import MIXTURES, TextSource
 from nitp_titan.data.text_files import find_files, how_to_name, joined, read_file, TextError
 from nitp_titan.data.text_sets import indexed, TextStream
 from nitp_titan.data.tokenized import check_tokens, TOKENS
-from nitp_titan.errors import away, first_line, nearest, shown, UserError
+from nitp_titan.errors import away, first_line, nearest, shown, surroundings, UserError
 from nitp_titan.files import fingerprint
 from nitp_titan.hub import TOKENIZERS, without_download_counts
 
@@ -151,9 +151,10 @@ def open_source(place: Place) -> Dataset | IterableDataset | TextStream:
     except Exception as error:
         if gone := away(error, path):
             raise gone from error
-        # `datasets` raises many types here; each of them means that what the config names is wrong.
+        # `datasets` raises many types here; what is not the machine's means that what the config names is wrong.
         what = f" = '{path}' (subset {source.subset!r}, split {source.split!r}) could not be opened"
-        raise place.error("dataset", f"{what}: {type(error).__name__}: {first_line(error)}") from error
+        wrong = place.error("dataset", f"{what}: {type(error).__name__}: {first_line(error)}")
+        raise surroundings(error, path) or wrong from error
 
 
 def described(place: Place, documents: Dataset | IterableDataset | TextStream) -> str:

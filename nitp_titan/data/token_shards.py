@@ -32,7 +32,7 @@ from nitp_titan.data.tokenized import (
     shard_name,
     UNFINISHED,
 )
-from nitp_titan.errors import first_line, UserError
+from nitp_titan.errors import away, first_line, surroundings, UserError
 
 _TYPECODES = {"uint16": "H", "uint32": "I"}
 
@@ -103,7 +103,8 @@ class Job:
             except Exception as error:
                 # `datasets` raises many types for a file that it cannot read.
                 message = f" = '{self.place.name}' cannot be read: {type(error).__name__}: {first_line(error)}"
-                raise self.place.error(key, message) from None
+                found = away(error, self.place.name) or surroundings(error, self.place.name)
+                raise found or self.place.error(key, message) from None
             if row is None:
                 return
             yield row

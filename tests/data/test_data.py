@@ -179,15 +179,20 @@ def test_a_hugging_face_dataset_is_opened_by_name_and_a_failure_is_one_line(toke
             raise ConnectionError("offline\nand a long story")
         if path == "someone/wrong":
             raise ValueError("no such split\nand a long story")
+        if path == "someone/large":
+            cause = OSError(28, "No space left on device", "/cache/hf/x.arrow")
+            raise RuntimeError("An error occurred while generating the dataset") from cause
         rows = datasets.Dataset.from_dict({"content": ["some words " * 200]})
         return rows.to_iterable_dataset()
 
+    monkeypatch.setenv("HF_HOME", "/cache/hf")
     monkeypatch.setattr("nitp_titan.data.sources.load_dataset", load)
     loader = _loader(tokenizer, dataset="someone/Corpus", subset="en", split="validation", text_field="content")
     assert next(iter(loader))[0]["input"].shape == (2, 64)
     assert seen == {"path": "someone/Corpus", "name": "en", "split": "validation", "streaming": True}
     for name, message in (
         ("someone/away", r"^someone/away: it does not answer \(ConnectionError: offline\)\.$"),
+        ("someone/large", r"^the cache /cache/hf/x.arrow cannot be used: the disk is full\. HF_HOME names another"),
         ("someone/wrong", r"dataset = 'someone/wrong' .* could not be opened: ValueError: no such split$"),
     ):
         with pytest.raises(UserError, match=message):
