@@ -1,7 +1,6 @@
 """A model of an evaluation in memory, and what identifies its results."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,22 +57,20 @@ def check_hub() -> None:
 
 
 def num_positions(source: str) -> int | None:
-    """Positions that a model's config.json allows, if it says so.
+    """Positions that a model allows; where its config.json is silent, those of its class. None without a limit.
 
     Raises:
-        UserError: if the hub does not give the file.
+        UserError: if there is no configuration that can be read.
     """
-    path = Path(source) / "config.json"
-    if not Path(source).is_dir():
-        from huggingface_hub import hf_hub_download
+    from transformers import AutoConfig
 
-        try:
-            path = Path(hf_hub_download(source, "config.json", token=hub_token()))
-        except Exception as error:
-            # The hub and the network raise many types; each means that the model is not there.
-            raise explained(error, source, f"{source} does not load") from error
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return config.get("text_config", config).get("max_position_embeddings")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, token=hub_token())
+    except Exception as error:
+        # The hub, the network and broken files raise many types; each means that the model is not there.
+        raise explained(error, source, f"{source} does not load") from error
+    # Of GPT-2 it is the other name of n_positions.
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _commit(name: str) -> str:

@@ -189,6 +189,11 @@ def test_the_sequence_is_as_long_as_every_model_allows(folder, text, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").touch()
     assert perplexity.plan(text, "text", None, read_models([str(tmp_path)])).tasks[0].settings["seq_len"] == 8192
+    # Another name of it, and none at all: the default of the class.
+    for config, longest in (({"model_type": "gpt2", "n_positions": 64}, 64), ({"model_type": "llama"}, 2048)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        plan = perplexity.plan(text, "text", None, read_models([str(tmp_path)]))
+        assert plan.tasks[0].settings["seq_len"] == longest
 
 
 @pytest.mark.parametrize(
