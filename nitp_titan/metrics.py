@@ -168,7 +168,7 @@ class NITPMetrics(MetricsProcessor):
             self.probe_file.append({"step": step, **figures})
             self.logger.log(_scalars("probe", figures), step)
             if hidden := figures.get(HIDDEN):
-                logger.info(f"probe step {step}  erank {hidden['effective_rank']:.2f}  cos {hidden['cosine']:.4f}")
+                logger.info(f"probe step {step}  erank {hidden['effective_rank']:.2f}  cos {hidden['cosine']:z.4f}")
 
     def log(
         self,
@@ -298,7 +298,7 @@ class ConsoleLogger(BaseLogger):
             f"loss {metrics['loss_metrics/global_avg_loss']:.4f}",
             f"ntp {metrics['loss_metrics/ntp_loss']:.4f}",
             f"nitp {nitp:.4f}" if nitp is not None else "",
-            f"erank {rank:.2f}  cos {cosine:.4f}" if rank is not None else "",
+            f"erank {rank:.2f}  cos {cosine:z.4f}" if rank is not None else "",
             f"grad_norm {metrics['grad_norm']:.3f}",
             f"lr {metrics.get('lr', float('nan')):.2e}",
             f"tokens {int(metrics['n_tokens_seen']):,}",

@@ -121,7 +121,7 @@ def measured(checkpoint: Checkpoint) -> dict[str, Any]:
         record = _last_record(checkpoint.run_folder / f"{file}.jsonl", key, checkpoint.step)
         if record is not None:
             value = record[key]
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:z.4f}"
             figures[f"{title}, step {record['step']:,}"] = shown
     return figures
 

@@ -83,7 +83,7 @@ def write(result: Figures, out: Path) -> list[Path]:
 
 
 def _percent(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{100 * value:+.{digits}f}%"
+    return "-" if value is None else f"{100 * value:+z.{digits}f}%"
 
 
 def _measured(part: Figures) -> str:
@@ -227,7 +227,7 @@ def _full_size(part: Figures) -> str:
             f"{row['ntp_matmul'] / 1e9:.2f}G",
             _percent(row["overhead"]),
             _percent(row["paper_overhead"]),
-            f"{100 * row['difference']:+.3f}",
+            f"{100 * row['difference']:+z.3f}",
             _percent(row["overhead_with_attention"]),
             _percent(row["mtp_overhead"], 1),
         ]
@@ -275,7 +275,7 @@ def _communication_table(rows: list[Figures]) -> str:
             row["group"],
             row["owner"],
             f"{row['calls']:+}",
-            f"{row['payload'] / 1e6:+,.2f}",
+            f"{row['payload'] / 1e6:+z,.2f}",
             str(row["ntp_calls"]),
             f"{row['ntp_payload'] / 1e6:,.0f}",
         ]

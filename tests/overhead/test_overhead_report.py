@@ -105,6 +105,13 @@ def test_a_bar_is_judged_only_where_the_interval_leaves_it_and_zero_out(ratios, 
     assert "-0." not in "".join(re.findall(r"[-0-9.]+ times", text))
 
 
+def test_a_difference_that_rounds_to_nothing_has_no_sign_of_less():
+    measured = copy.deepcopy(MEASURED)
+    measured["settings"]["float32, eager"]["arms"]["NITP"] = _arm(100e6, 1.025, 500e6 - 1)
+    row = next(line for line in report.tables({"measured": measured}).splitlines() if line.startswith("| NITP |"))
+    assert "+0.00%" in row and "-0.00%" not in row
+
+
 def test_the_measurement_that_was_said_to_be_within_the_bar_is_hidden_in_noise():
     """-0.6% (-3.5% to +5.8%) over 60 rounds: half a width of 4.65% must fall below 0.3 times the FLOPs' 2%, 0.6%."""
     part = copy.deepcopy(MEASURED)
