@@ -113,10 +113,11 @@ class Start:
                 write_atomically(place / path.name, lines)
         if data := _read_data(self.folder):
             _write_data(place, data)
-            _write_data(self.folder, [one for one in data if one["first_step"] <= self.from_step])
         # The newest last: until it is moved, a start without load_step resumes from it as before.
         for path in self.later:
             path.rename(place / path.name)
+        if data:
+            _write_data(self.folder, [one for one in data if one["first_step"] <= self.from_step])
         names = [path.name.removeprefix("step-") for path in (self.later[0], self.later[-1])]
         steps = f"steps {names[0]} to {names[1]}" if len(self.later) > 1 else f"step {names[0]}"
         logger.warning(f"load_step = {self.from_step}: the checkpoints of {steps} and later metrics are now in {place}")
