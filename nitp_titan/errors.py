@@ -36,6 +36,7 @@ _CAUSES = {
     errno.EPERM: "the operation is not permitted",
     errno.ENOTDIR: "a part of this path is not a folder",
     errno.EISDIR: "this is a folder",
+    errno.EEXIST: "a file of this name is in the way",
     errno.ENAMETOOLONG: "the file name is too long",
     errno.ELOOP: "the links go round in a circle",
     errno.EMFILE: "too many open files; raise `ulimit -n`",
@@ -224,7 +225,8 @@ def _line(error: BaseException, number: int | None, place: str) -> str | None:
     if number == errno.ENOMEM or names & {"MemoryError", "OutOfMemoryError"} or _NO_CPU_MEMORY in text:
         device = "the GPU" if "CUDA" in text else "this machine"
         return f"{place + ': ' if place else ''}the memory of {device} does not suffice; use smaller batches or models."
-    file = str(getattr(error, "filename", None) or place)
+    # Of a file that is renamed, what is in its way.
+    file = str(getattr(error, "filename2", None) or getattr(error, "filename", None) or place)
     if number in _CAUSES and (file or number in _WITHOUT_FILE):
         if file and _in_cache(file):
             return f"the cache {file} cannot be used: {_CAUSES[number]}. HF_HOME names another folder for it."
