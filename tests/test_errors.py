@@ -57,7 +57,7 @@ CAUSES = {
         CheckpointException("write", {1: (_os_error(errno.ENOSPC, "step-3/__1_0.distcp"), None)}),
         "step-3/__1_0.distcp cannot be used: the disk is full.",
     ),
-    "in the way": (FileExistsError(errno.EEXIST, "File exists", "x/logs"), "x/logs cannot be used: a file of this name is"),
+    "in the way": (FileExistsError(errno.EEXIST, "File exists", "logs"), "logs cannot be used: a file of this name is"),
     "renamed": (OSError(errno.EISDIR, "Is a directory", "x.1.tmp", None, "x"), "x cannot be used: this is a folder."),
     "Rust": (Exception("I/O error: No space left on device (os error 28)"), "the disk is full."),
     "text of a worker": (RuntimeError("in worker 1: OSError: [Errno 28] No space left on device"), "the disk is full."),
