@@ -96,7 +96,7 @@ class TextDataLoader(ParallelAwareDataloader):
     ):
         check_dataset(config, table)
         self.config, num_streams = config, config.num_streams or 1
-        if num_streams % dp_world_size:
+        if num_streams % dp_world_size and dp_rank == 0:
             logger.warning(
                 f"[dataloader] num_streams = {num_streams} is not a multiple of {dp_world_size} data-parallel ranks: "
                 f"for [{table}], each of them also reads and tokenizes the streams of other ranks."
