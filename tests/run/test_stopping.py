@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,10 @@ def test_sigterm_saves_after_the_same_step_on_all_ranks_and_exits_with_its_statu
     assert 5 <= checkpoint.step < 20, "no step of the interval"
     assert run.text().count(f"Stopped by SIGTERM after step {checkpoint.step};") >= 1
     assert checkpoint.has_optimizer and run.steps() == list(range(1, checkpoint.step + 1))
+    # No warning comes more often than once from each rank.
+    lines = [line for line in run.text().splitlines() if "warning" in line.lower()]
+    warnings = Counter(line.partition("- WARNING - ")[2] for line in lines)
+    assert warnings and max(warnings.values()) <= 2, warnings
 
 
 def test_ctrl_c_saves_as_sigterm_does(run):
