@@ -146,7 +146,7 @@ def upstream_refusals() -> Iterator[None]:
         raise UserError(f"{place}{error}", table=table, key=key) from error
 
 
-def surroundings(error: BaseException, place: str = "") -> UserError | None:
+def surroundings(error: BaseException, place: str = "", *, network: bool = True) -> UserError | None:
     """The cause of an error in one line, if it is the machine or the network; None for every other error.
 
     Looks at the error, what caused it and what it was raised from: libraries wrap the reason ("An error occurred while
@@ -155,15 +155,16 @@ def surroundings(error: BaseException, place: str = "") -> UserError | None:
     Args:
         error: any exception; disk, permissions, caches, memory and network are known.
         place: what was read or written, where the error names no file.
+        network: whether what a server answers counts, for example that it has nothing of this name.
     """
     causes = chain(error)
     for cause in causes:
         number = cause.errno if isinstance(cause, OSError) else None
-        if line := _line(cause, number, place):
+        if line := _line(cause, number, place, network):
             return UserError(line)
     # Some libraries hand on the text alone.
     for cause in causes:
-        if (written := _ERRNO_IN_TEXT.search(str(cause))) and (line := _line(cause, int(written[1]), place)):
+        if (written := _ERRNO_IN_TEXT.search(str(cause))) and (line := _line(cause, int(written[1]), place, network)):
             return UserError(line)
     return None
 
@@ -220,7 +221,7 @@ def chain(error: BaseException) -> list[BaseException]:
     return found
 
 
-def _line(error: BaseException, number: int | None, place: str) -> str | None:
+def _line(error: BaseException, number: int | None, place: str, network: bool) -> str | None:
     names, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
     if number == errno.ENOMEM or names & {"MemoryError", "OutOfMemoryError"} or _NO_CPU_MEMORY in text:
         device = "the GPU" if "CUDA" in text else "this machine"
@@ -233,7 +234,7 @@ def _line(error: BaseException, number: int | None, place: str) -> str | None:
         return f"{file} cannot be used: {_CAUSES[number]}." if file else f"{_CAUSES[number]}."
     if isinstance(error, RuntimeError) and text.startswith("Could not determine home directory"):
         return "there is no home folder for caches; set HF_HOME to a folder."
-    return _network_line(error, names, number, text, place)
+    return _network_line(error, names, number, text, place) if network else None
 
 
 def _in_cache(file: str) -> bool:

@@ -154,7 +154,7 @@ def open_source(place: Place) -> Dataset | IterableDataset | TextStream:
         # `datasets` raises many types here; what is not the machine's means that what the config names is wrong.
         what = f" = '{path}' (subset {source.subset!r}, split {source.split!r}) could not be opened"
         wrong = place.error("dataset", f"{what}: {type(error).__name__}: {first_line(error)}")
-        raise surroundings(error, path) or wrong from error
+        raise surroundings(error, path, network=False) or wrong from error
 
 
 def described(place: Place, documents: Dataset | IterableDataset | TextStream) -> str:
