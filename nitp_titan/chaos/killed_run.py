@@ -102,7 +102,11 @@ class KilledRun:
         moment, tree = MOMENTS[kill.moment], watch.tree
         if not self._until_open(watch, kill):
             return kill
-        time.sleep(share * self.lengths.get((kill.moment, kill.step), 0.0))
+        # A moment may be over sooner than in the reference: what closes it is killed at once, or it would end unharmed.
+        due = time.monotonic() + share * self.lengths.get((kill.moment, kill.step), 0.0)
+        while time.monotonic() < due and not moment.closes(watch, kill.step):
+            time.sleep(POLL_SECONDS)
+            watch.look()
         rank = watch.ranks().get(int(kill.victim.removeprefix("rank "))) if kill.victim.startswith("rank ") else None
         if kill.victim.startswith("rank ") and rank is None:
             kill.victim = "launcher"

@@ -93,6 +93,16 @@ def test_each_moment_is_hit_and_the_next_start_goes_on(tmp_path):
             assert trial.loaded == [None, kill.step], str(trial)
 
 
+def test_a_moment_that_is_over_sooner_than_in_the_reference_is_killed_at_its_end(tmp_path):
+    command = [sys.executable, "-c", _STAND_IN, str(tmp_path), "none"]
+    checkpoints = [3, 6, 9, 12]
+    lengths = {("during a checkpoint write", step): 60.0 for step in checkpoints}
+    trial = Trial(1)
+    run = KilledRun(tmp_path, command, 1, checkpoints, lengths, {}, random.Random(0))
+    run.go(trial, ["during a checkpoint write"])
+    assert trial.problems == [] and trial.starts == 2 and trial.kills[0].seconds < 30, str(trial)
+
+
 def test_a_kill_in_every_start_but_the_last(tmp_path):
     trial = _killed(tmp_path, "first step", "during a checkpoint write", "last step")
     assert trial.problems == [] and trial.hit and trial.starts == 4, str(trial)
