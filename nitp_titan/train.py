@@ -48,7 +48,11 @@ _COMMON = [
 def help_text() -> str:
     """The first screen of --help: what there is, and how to see the rest."""
     parser = argparse.ArgumentParser(
-        prog="nitp_titan.train", usage=_USAGE, description=_DESCRIPTION, add_help=False, allow_abbrev=False,
+        prog="nitp_titan.train",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        add_help=False,
+        allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
         epilog="All settings of TorchTitan are flags too, with their values in this run: --help-all.",
     )

@@ -151,8 +151,7 @@ errors.run(main, kept="finished tasks; the same command goes on", place="outputs
         (
             "limit",
             1,
-            "error: {}/scores.json cannot be used: the file is larger than this file system or "
-            "`ulimit -f` allows.\n",
+            "error: {}/scores.json cannot be used: the file is larger than this file system or `ulimit -f` allows.\n",
         ),
         ("bug", 1, "KeyError: 'x'\n"),
     ],

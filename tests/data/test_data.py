@@ -3,9 +3,11 @@
 import dataclasses
 import json
 
+import httpx
 import pytest
 import torch
 from helpers import make_config
+from huggingface_hub.errors import RepositoryNotFoundError
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan import assets as stdlib
@@ -154,9 +156,7 @@ def test_validation_on_a_text_of_training_is_warned_of(assets, tmp_path, caplog)
         caplog.clear()
         loader = TextDataLoader.Config(**validation)
         validator = dataclasses.replace(config.validator, enable=True, dataloader=loader)
-        check_sources(
-            dataclasses.replace(config, dataloader=TextDataLoader.Config(**training), validator=validator)
-        )
+        check_sources(dataclasses.replace(config, dataloader=TextDataLoader.Config(**training), validator=validator))
         said = [message for message in caplog.messages if "which [dataloader] trains on" in message]
         assert len(said) == (expected is not None) and all(f"reads '{expected}'" in message for message in said)
 
@@ -171,7 +171,7 @@ def test_a_document_without_text_in_the_middle_is_named(tokenizer, tmp_path):
 def test_a_hugging_face_dataset_is_opened_by_name_and_a_failure_is_one_line(tokenizer, monkeypatch):
     import datasets
 
-    seen = {}
+    seen, request = {}, httpx.Request("GET", "https://hub")
 
     def load(path, **options):
         seen.update(path=path, **options)
@@ -179,6 +179,8 @@ def test_a_hugging_face_dataset_is_opened_by_name_and_a_failure_is_one_line(toke
             raise ConnectionError("offline\nand a long story")
         if path == "someone/wrong":
             raise ValueError("no such split\nand a long story")
+        if path == "someone/gone":
+            raise RepositoryNotFoundError("404\nand a long story", response=httpx.Response(404, request=request))
         if path == "someone/large":
             cause = OSError(28, "No space left on device", "/cache/hf/x.arrow")
             raise RuntimeError("An error occurred while generating the dataset") from cause
@@ -194,6 +196,8 @@ def test_a_hugging_face_dataset_is_opened_by_name_and_a_failure_is_one_line(toke
         ("someone/away", r"^someone/away: it does not answer \(ConnectionError: offline\)\.$"),
         ("someone/large", r"^the cache /cache/hf/x.arrow cannot be used: the disk is full\. HF_HOME names another"),
         ("someone/wrong", r"dataset = 'someone/wrong' .* could not be opened: ValueError: no such split$"),
+        # What a server says of a name is about the setting that gives the name.
+        ("someone/gone", r"^\[dataloader\] dataset = 'someone/gone' .* could not be opened: RepositoryNotFoundError"),
     ):
         with pytest.raises(UserError, match=message):
             _loader(tokenizer, dataset=name)

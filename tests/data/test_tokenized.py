@@ -254,6 +254,19 @@ def test_a_file_that_ends_too_early_is_named_by_the_worker(tmp_path, texts, asse
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_full_disk_while_a_source_is_read_is_no_fault_of_the_source(tmp_path, texts, tokenizer, assets, monkeypatch):
+    def rows(_):
+        yield {"text": "words"}
+        raise RuntimeError("An error occurred while generating the dataset") from OSError(28, "No space", "/cache/x")
+
+    text, folder = TextSource(dataset_path=_write(tmp_path / "text.jsonl", texts)), tmp_path / "tokens"
+    (folder / "unfinished").mkdir(parents=True)
+    job = open_job(text, str(assets), folder, settings_of(text, str(assets)), 1)
+    monkeypatch.setattr(type(job.data), "__iter__", rows)
+    with pytest.raises(UserError, match="^/cache/x cannot be used: the disk is full.$"):
+        job.write(0, tokenizer)
+
+
 @pytest.fixture(scope="module")
 def corpus(assets, tmp_path_factory):
     """Enough text for some seconds of work."""

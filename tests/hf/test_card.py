@@ -57,6 +57,7 @@ def test_every_figure_is_of_the_step_that_the_card_names(tmp_path):
         "metrics": [
             {"step": 1, "ntp_loss": 8.0, "tokens": 100, "effective_rank": 3.0},
             {"step": 8, "ntp_loss": 7.0, "tokens": 800},
+            {"step": 9, "cosine": -0.00001},
             {"step": 10, "ntp_loss": 6.0, "tokens": 1000, "effective_rank": 5.0},
         ],
         "validation": [{"step": 4, "ntp_loss": 7.5}, {"step": 8, "skipped": "the hub was away"}],
@@ -68,4 +69,5 @@ def test_every_figure_is_of_the_step_that_the_card_names(tmp_path):
         "NTP loss, training batch, step 8": "7.0000",
         "NTP loss, validation, step 4": "7.5000",
         "effective rank of the last hidden states, step 1": "3.0000",
+        "average cosine of the last hidden states, step 9": "0.0000",
     }

@@ -318,6 +318,9 @@ def test_a_kill_while_later_steps_are_set_aside_loses_nothing(config, run, monke
     for step in (30, 40):
         shutil.copytree(run / "checkpoint/step-20", run / f"checkpoint/step-{step}")
     other_way, rename, moved = config(checkpoint={"enable": True, "load_step": 3}), type(run).rename, []
+    (facts,) = json.loads((run / "data.json").read_text())
+    of_both_ways = [facts, {"first_step": 4, "facts": facts["facts"]}]
+    (run / "data.json").write_text(json.dumps(of_both_ways))
 
     def killed(path, target):
         if len(moved) == 1:
@@ -329,8 +332,11 @@ def test_a_kill_while_later_steps_are_set_aside_loses_nothing(config, run, monke
         find_start(other_way).settle()
     monkeypatch.undo()
     assert find_start(config()).from_step == 40
+    assert json.loads((run / "data.json").read_text()) == of_both_ways
     find_start(other_way).settle()
+    assert json.loads((run / "data.json").read_text()) == [facts]
     aside = run / "checkpoint/set_aside"
+    assert json.loads((aside / "after_step_3.1/data.json").read_text()) == of_both_ways
     assert _steps(aside / "after_step_3") + _steps(aside / "after_step_3.1") == ["step-20", "step-30", "step-40"]
     assert find_start(config()).from_step == 3
 
