@@ -20,13 +20,18 @@ def test_training_and_export_survive_kills_and_end_as_if_nothing_had_happened(as
     campaign = Campaign(Settings(), tmp_path / "chaos")
     campaign.run_reference()
     assert 0 < campaign.lengths["during a checkpoint write", 6] < campaign.lengths["any", 0]
-    draw = random.Random(0)
+
+    def killed(moments: list[str]) -> Trial:
+        """A trial whose kills came: like a campaign it tries again what a busy machine made miss."""
+        for seed in range(4):
+            trial = campaign.trial(10 * len(moments) + seed, moments, random.Random(seed))
+            assert trial.problems == [] and trial.deviation == 0, (str(trial), trial.problems)
+            if all(kill.seconds is not None for kill in trial.kills):
+                return trial
+        raise AssertionError(str(trial))
+
     with ThreadPoolExecutor(2) as pool:
-        moments = (["first step", "during a checkpoint write"], ["during export"])
-        trials = list(pool.map(campaign.trial, (1, 2), moments, (draw, random.Random(0))))
-    for trial in trials:
-        assert trial.problems == [] and trial.deviation == 0, (str(trial), trial.problems)
-        assert all(kill.seconds is not None for kill in trial.kills), str(trial)
+        trials = list(pool.map(killed, [["first step", "during a checkpoint write"], ["during export"]]))
     assert trials[0].starts == 3 and trials[1].starts == 2
     assert not list(campaign.out.glob("trial_*")), "only what was lost is kept"
 
