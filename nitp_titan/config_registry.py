@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from nitp_titan import errors, recipe
+from nitp_titan import errors
+from nitp_titan.config import recipe
 from nitp_titan.errors import exit_with, KEPT_OF_TRAINING, UserError
 
 
@@ -18,7 +19,7 @@ def load(name: str):
     """``NITPTrainer.Config`` of ``<recipe>[@<train config>]``; UserError if it is wrong."""
     recipe_path, train_config_path = paths(name)
 
-    from nitp_titan import cpu
+    from nitp_titan.training import cpu
 
     cpu.install()
     return recipe.load(recipe_path, train_config_path)
@@ -48,7 +49,7 @@ def __getattr__(name: str) -> Callable:
         except UserError as error:
             exit_with(error)
 
-        from nitp_titan.run import preflight
+        from nitp_titan.runs import preflight
 
         preflight.install_log()
         return config

@@ -337,7 +337,7 @@ def exit_with(error: UserError) -> NoReturn:
     Ranks meet the same mistake together: the first one of a node says it, the others end without a word.
     """
     # It imports this module.
-    from nitp_titan.run.credentials import redact
+    from nitp_titan.credentials import redact
 
     # What TorchTitan and libraries say may have several lines.
     message = redact(" ".join(f"error: {error}".splitlines()))

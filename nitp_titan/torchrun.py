@@ -15,7 +15,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from nitp_titan.run.stopping import STOPPED, STOPPED_FILE
+from nitp_titan.training.preemption import STOPPED, STOPPED_FILE
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,10 +16,12 @@ import sys
 import textwrap
 from functools import wraps
 
-from nitp_titan import config_registry, errors, quiet, recipe
-from nitp_titan.config import NITPConfig
+from nitp_titan import config_registry, errors
+from nitp_titan.config import recipe
+from nitp_titan.config.constraints import OPTIMIZER_RANGES
+from nitp_titan.config.sections import NITPConfig
 from nitp_titan.errors import KEPT_OF_TRAINING, UserError
-from nitp_titan.ranges import OPTIMIZER_RANGES
+from nitp_titan.training import quiet
 
 # [optimizer] lr of a recipe is this flag of TorchTitan.
 _OPTIMIZER_FLAG = re.compile(r"--optimizer\.([\w-]+)(?=$|=)")

@@ -9,7 +9,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from nitp_titan import errors
-from nitp_titan.hub import describe, download_tokenizer, TOKENIZERS
+from nitp_titan.data.hub import describe, download_tokenizer, TOKENIZERS
 
 
 def main() -> None:

@@ -20,10 +20,15 @@ from nitp_titan.errors import nearest, UserError
 from nitp_titan.evaluation import embeddings, harness, perplexity
 from nitp_titan.evaluation.local_suite import DEFAULT_FOLDER
 from nitp_titan.evaluation.plan import Plan
+from nitp_titan.evaluation.pretrained import (
+    DTYPES,
+    read_models,
+    require,
+    SPREAD,
+)
 from nitp_titan.evaluation.run import evaluate, Settings
 from nitp_titan.evaluation.suites import SUITES
 from nitp_titan.evaluation.tables import Comparison
-from nitp_titan.pretrained import DTYPES, read_models, require, SPREAD
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from nitp_titan import errors
-from nitp_titan.pretrained import DTYPES
+from nitp_titan.evaluation.pretrained import DTYPES
 
 
 def main() -> None:
@@ -27,9 +27,9 @@ def main() -> None:
     arguments = parser.parse_args()
     # Imported once the arguments are right: TorchTitan takes seconds.
     logging.disable(logging.WARNING)
-    from nitp_titan import cpu
-    from nitp_titan.checkpoint.saved import Checkpoint
-    from nitp_titan.hf.export import Export
+    from nitp_titan.checkpoint.stored import Checkpoint
+    from nitp_titan.export.export import Export
+    from nitp_titan.training import cpu
 
     cpu.install()
     checkpoint = Checkpoint(arguments.checkpoint)

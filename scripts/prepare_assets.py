@@ -9,7 +9,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from nitp_titan import errors
-from nitp_titan.assets import prepare_stdlib_assets, VOCAB_SIZE
+from nitp_titan.data.assets import prepare_stdlib_assets, VOCAB_SIZE
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors, recipe
-from nitp_titan.assets import prepare_stdlib_assets
-from nitp_titan.launch import Arm
+from nitp_titan import errors
+from nitp_titan.cli.launch import Arm
+from nitp_titan.config import recipe
+from nitp_titan.data.assets import prepare_stdlib_assets
 from nitp_titan.report.page import markdown_table, Report
 from nitp_titan.report.runs import read_arms
 

@@ -18,7 +18,9 @@ import sys
 import _checkout  # noqa: F401
 import tomli_w
 
-from nitp_titan import catalog, errors, recipe
+from nitp_titan import errors
+from nitp_titan.cli import catalog
+from nitp_titan.config import recipe
 
 
 def list_recipes(arguments: argparse.Namespace) -> None:
@@ -36,9 +38,9 @@ def show(arguments: argparse.Namespace) -> None:
         tables = recipe.read_recipe(path).tables
         tables = {**tables.pop("", {}), **tables}
     else:
-        from nitp_titan import schema
+        from nitp_titan.config import build
 
-        tables = schema.to_tables(recipe.load(path, recipe.find(arguments.train_config, "train_configs")))
+        tables = build.to_tables(recipe.load(path, recipe.find(arguments.train_config, "train_configs")))
     print(json.dumps(tables, indent=2) if arguments.json else tomli_w.dumps(tables), end="")
 
 
@@ -54,10 +56,10 @@ def diff(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     pairs = catalog.pairs(arguments.recipe, arguments.train_config)
-    from nitp_titan import dry_run
+    from nitp_titan.sizing import meta_check
 
     results = []
-    for result in dry_run.check(pairs):
+    for result in meta_check.check(pairs):
         results.append(result)
         if not arguments.json:
             print(catalog.report(result), flush=True)
@@ -70,10 +72,10 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    from nitp_titan import dry_run
+    from nitp_titan.sizing import meta_check
 
     path = recipe.PROJECT / "recipes/README.md"
-    path.write_text(catalog.readme(dry_run.counts_of), encoding="utf-8")
+    path.write_text(catalog.readme(meta_check.counts_of), encoding="utf-8")
     print(json.dumps({"written": str(path)}) if arguments.json else f"wrote {path}")
 
 

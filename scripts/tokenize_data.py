@@ -54,7 +54,7 @@ def main() -> None:
     )
     # Imported once the arguments are right: TorchTitan takes seconds.
     logging.disable(logging.WARNING)
-    from nitp_titan.data.tokenization import tokenize, verify
+    from nitp_titan.data.tokens.writing import tokenize, verify
 
     manifest, is_new = tokenize(
         source,

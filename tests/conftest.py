@@ -65,7 +65,7 @@ def logging_on():
 @pytest.fixture(scope="session")
 def assets(project_folder):
     """The corpus and tokenizer that the CPU train config names."""
-    from nitp_titan.assets import prepare_stdlib_assets
+    from nitp_titan.data.assets import prepare_stdlib_assets
 
     prepare_stdlib_assets(project_folder / "assets/stdlib")
     return project_folder / "assets/stdlib"
@@ -82,7 +82,7 @@ def files(tmp_path):
     """Write a recipe and a train config with a text replaced, and load them."""
     from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 
-    from nitp_titan import recipe
+    from nitp_titan.config import recipe
 
     def load(old="", new="", *, train_config=(GOOD_TRAIN_CONFIG, ""), extra=""):
         (tmp_path / "recipe.toml").write_text(GOOD_RECIPE.replace(old, new) + extra)

@@ -10,7 +10,7 @@ from torchtitan.components.dataloader import BaseDataLoader
 
 from nitp_titan import config_registry
 from nitp_titan.models import build_model_spec
-from nitp_titan.trainer import NITPTrainer
+from nitp_titan.training.trainer import NITPTrainer
 
 IGNORE = -100
 

@@ -4,7 +4,13 @@ import dataclasses
 
 from torchtitan.models.common import ComplexRoPE, CosSinRoPE
 
-from nitp_titan.models import deepseek_v3, gpt_oss, llama3, moe, qwen3
+from nitp_titan.models import (
+    deepseek_v3,
+    gpt_oss,
+    llama3,
+    moe,
+    qwen3,
+)
 
 
 def _scaled(config: type, **scaling):

@@ -13,7 +13,7 @@ import time
 import pytest
 from processes import PROJECT
 
-from nitp_titan import recipe
+from nitp_titan.config import recipe
 from nitp_titan.errors import UserError
 
 SCRIPTS = sorted(path.name for path in (PROJECT / "scripts").glob("[a-z]*.py"))
@@ -45,7 +45,7 @@ def test_a_script_of_a_second_checkout_uses_the_code_beside_it_and_so_do_its_pro
     assert done.stdout.splitlines() == [str(tmp_path / "nitp_titan/__init__.py")] * 2
 
 
-@pytest.mark.parametrize("command", [["scripts/recipe.py", "list"], ["scripts/study.py"], ["-m", "nitp_titan.train"]])
+@pytest.mark.parametrize("command", [["scripts/recipe.py", "list"], ["scripts/study"], ["-m", "nitp_titan.train"]])
 def test_outside_of_the_environment_one_line_says_how_to_enter_it(command):
     # -S leaves out what is installed.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from nitp_titan.config import NITPConfig
+from nitp_titan.config.recipe import PROJECT
+from nitp_titan.config.sections import NITPConfig
 from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
-from nitp_titan.recipe import PROJECT
 from nitp_titan.train import check_groups, titan_arguments
 
 FLAGS = ["--training.steps", "2", "--metrics.log_freq", "1", "--checkpoint.no-enable", "--nitp.weight", "0.8"]

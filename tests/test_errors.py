@@ -13,7 +13,14 @@ from processes import PROJECT
 from torch import OutOfMemoryError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nitp_titan.errors import at, chain, end, lost_rank, surroundings, UserError
+from nitp_titan.errors import (
+    at,
+    chain,
+    end,
+    lost_rank,
+    surroundings,
+    UserError,
+)
 from nitp_titan.files import read_own
 
 

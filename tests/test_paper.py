@@ -5,7 +5,9 @@ import functools
 
 import pytest
 
-from nitp_titan import catalog, dry_run, recipe
+from nitp_titan.cli import catalog
+from nitp_titan.config import recipe
+from nitp_titan.sizing import meta_check
 
 # Typed from the paper (Table 4, App. C): learning rate, sequences per batch, tokens / 1e9, hidden dim, layers,
 # head dim, query heads, KV heads, routed experts, shared experts, top-k, dense FFN, expert FFN, target layer, weight.
@@ -64,7 +66,9 @@ def _config(name):
 
 @functools.cache
 def _counts(name):
-    return dry_run.counts_of(recipe.find(name, "recipes"), recipe.find(catalog.machines_for(name)[0], "train_configs"))
+    return meta_check.counts_of(
+        recipe.find(name, "recipes"), recipe.find(catalog.machines_for(name)[0], "train_configs")
+    )
 
 
 def _tables(name):
@@ -195,7 +199,7 @@ def test_a_recipes_head_tells_source_command_cost_and_what_to_expect(name):
     assert machine in catalog.machines_for(name)
     config = _config(name)
     tokens = config.training.steps * config.training.global_batch_size * config.training.seq_len
-    hours = dry_run.device_hours(_counts(name), tokens, "H100")
+    hours = meta_check.device_hours(_counts(name), tokens, "H100")
     stated = float(head["Cost"].split()[1].replace(",", ""))
     assert stated == pytest.approx(hours, rel=0.06)
     launched = {"torchrun --nproc_per_node 8": 8, "torchrun --nproc_per_node 1": 1}
@@ -206,7 +210,7 @@ def test_a_recipes_head_tells_source_command_cost_and_what_to_expect(name):
 
 
 def test_the_table_of_all_recipes_is_current():
-    text = catalog.readme(dry_run.counts_of)
+    text = catalog.readme(meta_check.counts_of)
     path = recipe.PROJECT / "recipes/README.md"
     assert path.read_text(encoding="utf-8") == text, "run `python scripts/recipe.py table`"
 

@@ -11,7 +11,7 @@ from helpers import saved_run
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.models.common.decoder import Decoder
 
-from nitp_titan.run import provenance
+from nitp_titan.runs import provenance
 
 HEAVY = {"torch", "torchtitan", "datasets", "pyarrow", "transformers", "matplotlib", "numpy", "pandas", "tyro"}
 # Light ones. Everything else that this project imports to train, TorchTitan has imported before.

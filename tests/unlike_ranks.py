@@ -4,7 +4,7 @@ import os
 import sys
 
 from nitp_titan import train
-from nitp_titan.run import provenance
+from nitp_titan.runs import provenance
 
 if os.environ["RANK"] == "1":
     os.environ["LOCAL_RANK"] = "0"

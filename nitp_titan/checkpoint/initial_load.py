@@ -14,11 +14,11 @@ from torch import Tensor
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 
-from nitp_titan.checkpoint.saved import Checkpoint
+from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.errors import nearest, UserError
-from nitp_titan.hf.adapter import PROJECTOR_PREFIX
-from nitp_titan.hf.class_defaults import completed
 from nitp_titan.models import hf_config
+from nitp_titan.models.hf_defaults import completed
+from nitp_titan.objectives.adapter import PROJECTOR_PREFIX
 
 # Of a Hugging Face model, what a model here computes by itself.
 _COMPUTED = ("rotary_emb.inv_freq",)

@@ -17,9 +17,13 @@ from torchtitan.components.checkpointer.base import LR_SCHEDULER, MODEL, OPTIMIZ
 from torchtitan.tools.filesystem import is_remote
 from torchtitan.tools.logging import logger
 
-from nitp_titan import optimizer_states
-from nitp_titan.checkpoint import dcp_files
-from nitp_titan.checkpoint.steps import complete_steps, METADATA, step_folders, unfinished_steps
+from nitp_titan.checkpoint import optimizer_states, safe_dcp
+from nitp_titan.checkpoint.steps import (
+    complete_steps,
+    METADATA,
+    step_folders,
+    unfinished_steps,
+)
 from nitp_titan.errors import UserError
 
 
@@ -150,13 +154,13 @@ class NITPCheckpointManager(CheckpointManager):
         """
         if from_hf:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
-        reader = dcp_files.reader(checkpoint_id)
+        reader = safe_dcp.reader(checkpoint_id)
         if dist.get_rank() == 0:
             # Once for all ranks: a large checkpoint has as many files as ranks.
             reader.check_files()
         initial = checkpoint_id == self.initial_load_path
         settings = optimizer_states.settings(self.states[OPTIMIZER])
-        dcp_files.load(state_dict, reader, allow_partial=initial)
+        safe_dcp.load(state_dict, reader, allow_partial=initial)
         self.states[MODEL].load_state_dict(state_dict)
         optimizer_states.restore_settings(self.states[OPTIMIZER], settings, self.states[LR_SCHEDULER])
 

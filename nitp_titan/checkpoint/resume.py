@@ -6,8 +6,8 @@ from torch import Tensor
 from torchtitan.components.checkpointer.base import DATALOADER
 from torchtitan.tools.filesystem import is_remote
 
-from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.checkpoint.steps import complete_steps, INDEX, METADATA
+from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.errors import UserError
 

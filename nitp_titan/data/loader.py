@@ -15,7 +15,12 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.data.packing import Batch, open_documents, PackedText, Stream
+from nitp_titan.data.packing import (
+    Batch,
+    open_documents,
+    PackedText,
+    Stream,
+)
 from nitp_titan.data.sources import (
     check_source,
     described,
@@ -29,7 +34,7 @@ from nitp_titan.data.sources import (
     tokens_of,
 )
 from nitp_titan.data.text_sets import TextStream
-from nitp_titan.data.tokenized import check_tokenizer, TokenFolder, TOKENS
+from nitp_titan.data.tokens.folder import check_tokenizer, TokenFolder, TOKENS
 from nitp_titan.errors import UserError
 
 _WORKER_KEYS = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")

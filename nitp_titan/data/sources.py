@@ -7,13 +7,26 @@ from typing import Any, TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset, load_dataset
 
+from nitp_titan.data.hub import TOKENIZERS, without_download_counts
 from nitp_titan.data.mixtures import MIXTURES, TextSource
-from nitp_titan.data.text_files import find_files, how_to_name, joined, read_file, TextError
+from nitp_titan.data.text_files import (
+    find_files,
+    how_to_name,
+    joined,
+    read_file,
+    TextError,
+)
 from nitp_titan.data.text_sets import indexed, TextStream
-from nitp_titan.data.tokenized import check_tokens, TOKENS
-from nitp_titan.errors import away, first_line, nearest, shown, surroundings, UserError
+from nitp_titan.data.tokens.folder import check_tokens, TOKENS
+from nitp_titan.errors import (
+    away,
+    first_line,
+    nearest,
+    shown,
+    surroundings,
+    UserError,
+)
 from nitp_titan.files import fingerprint
-from nitp_titan.hub import TOKENIZERS, without_download_counts
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import BaseTokenizer

@@ -21,7 +21,12 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from nitp_titan.errors import first_line, nearest, shown, UserError
+from nitp_titan.errors import (
+    first_line,
+    nearest,
+    shown,
+    UserError,
+)
 
 # Files of a folder. Plain *.json is left out: a folder of text often holds a manifest of that name.
 _ENDINGS = {"json": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz"), "parquet": (".parquet",)}

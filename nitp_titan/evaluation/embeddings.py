@@ -14,9 +14,14 @@ from tqdm import tqdm
 
 from nitp_titan.errors import explained, nearest, UserError
 from nitp_titan.evaluation.models import LoadedModel
-from nitp_titan.evaluation.plan import Average, Plan, Row, Task
+from nitp_titan.evaluation.plan import (
+    Average,
+    Plan,
+    Row,
+    Task,
+)
+from nitp_titan.evaluation.pretrained import require
 from nitp_titan.evaluation.scores import Score
-from nitp_titan.pretrained import require
 
 # App. E, Table 6, which names tasks and groups.
 GROUPS = {

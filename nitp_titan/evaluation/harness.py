@@ -13,14 +13,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from nitp_titan.data.hub import without_download_counts
 from nitp_titan.errors import explained, nearest, UserError
 from nitp_titan.evaluation import local_suite, suites
 from nitp_titan.evaluation.models import LoadedModel
-from nitp_titan.evaluation.plan import Average, Plan, Row, Task
+from nitp_titan.evaluation.plan import (
+    Average,
+    Plan,
+    Row,
+    Task,
+)
+from nitp_titan.evaluation.pretrained import require
 from nitp_titan.evaluation.scores import ratio, Score
 from nitp_titan.evaluation.suites import Benchmark
-from nitp_titan.hub import without_download_counts
-from nitp_titan.pretrained import require
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

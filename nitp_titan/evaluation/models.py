@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nitp_titan.data.hub import hub_token
 from nitp_titan.errors import explained, UserError
-from nitp_titan.hub import hub_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

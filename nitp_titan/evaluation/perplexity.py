@@ -18,16 +18,16 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from tqdm import tqdm
 
+from nitp_titan.data.hub import hub_token
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.text_files import documents_of, kind_of
+from nitp_titan.data.tokenizer import load_tokenizer, TextTokenizer, UnfitTokenizer
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation.models import LoadedModel, num_positions
 from nitp_titan.evaluation.plan import Plan, Row, Task
+from nitp_titan.evaluation.pretrained import Model
 from nitp_titan.evaluation.scores import ratio, Score
 from nitp_titan.files import sha256
-from nitp_titan.hub import hub_token
-from nitp_titan.pretrained import Model
-from nitp_titan.tokenizer import load_tokenizer, TextTokenizer, UnfitTokenizer
 
 # The paper's context: what longer ones add is little, and a batch's logits would need more memory.
 LONGEST_DEFAULT = 8192

@@ -10,10 +10,10 @@ import torch
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation.models import check_hub, fingerprint, LoadedModel
 from nitp_titan.evaluation.plan import Plan, Task
+from nitp_titan.evaluation.pretrained import load_pretrained, Model, without_bos
 from nitp_titan.evaluation.scores import Score
 from nitp_titan.evaluation.store import ResultStore
-from nitp_titan.metrics import time_left
-from nitp_titan.pretrained import load_pretrained, Model, without_bos
+from nitp_titan.training.metrics import time_left
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from nitp_titan import markdown
 from nitp_titan.evaluation import scores
 from nitp_titan.evaluation.plan import Average, Plan, Row
+from nitp_titan.evaluation.pretrained import Model
 from nitp_titan.evaluation.run import Results, Settings
 from nitp_titan.evaluation.scores import Difference
 from nitp_titan.files import write_atomically
-from nitp_titan.pretrained import Model
 
 # Metrics in units of their own; all others are shares, shown in percent as in the paper.
 _RAW = {"cross_entropy", "perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity"}

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from nitp_titan.config import ModelConfig
+from nitp_titan.config.sections import ModelConfig
 from nitp_titan.errors import nearest, UserError
 
 # Folders beside this file.

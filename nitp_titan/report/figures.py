@@ -8,7 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 
 from nitp_titan.report.drawing import Drawing
-from nitp_titan.report.runs import Arm, common_steps, Run, Series
+from nitp_titan.report.runs import (
+    Arm,
+    common_steps,
+    Run,
+    Series,
+)
 from nitp_titan.report.stats import phases, smoothed
 
 # Readable on white and on near-black; the first is the baseline's.

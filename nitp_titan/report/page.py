@@ -9,13 +9,21 @@ from typing import Any
 from nitp_titan import markdown
 from nitp_titan.report import drawing, figures, runs
 from nitp_titan.report.runs import Arm, Differences
-from nitp_titan.report.stats import Difference, difference, Figure, FIGURES, FINAL_SHARE, phases, TOKENS
+from nitp_titan.report.stats import (
+    Difference,
+    difference,
+    Figure,
+    FIGURES,
+    FINAL_SHARE,
+    phases,
+    TOKENS,
+)
 
 _NOTE = (
     f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of the steps that all "
     "runs have logged, validation and probe figures are of the last such step; ± is half the range over seeds. Probe "
     "figures are of the same validation tokens in every arm. Runs one after the other say nothing of what an arm "
-    "costs: scripts/bench_overhead.py measures that. Intervals are 95% bootstrap intervals of the mean difference over "
+    "costs: scripts/overhead measures that. Intervals are 95% bootstrap intervals of the mean difference over "
     "pairs of the same seed; with three pairs such an interval goes from the smallest to the largest difference and "
     "leaves out zero by chance alone in one comparison of four."
 )

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
 
-from nitp_titan.report.runs import Arm, common_steps, Run, Series
+from nitp_titan.report.runs import (
+    Arm,
+    common_steps,
+    Run,
+    Series,
+)
 
 # Share of the run that the "final" figures average over: single batches are noisy.
 FINAL_SHARE = 0.1

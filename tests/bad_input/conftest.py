@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import mistakes
 
-from nitp_titan import recipe
+from nitp_titan.config import recipe
 
 PROJECT = recipe.PROJECT
 
@@ -55,7 +55,8 @@ def entry(project, monkeypatch):
     from torchtitan.observability.structured_logger import structured_logging
     from torchtitan.trainer import Trainer
 
-    from nitp_titan import cpu, train
+    from nitp_titan import train
+    from nitp_titan.training import cpu
 
     def build(self, config):
         raise Accepted

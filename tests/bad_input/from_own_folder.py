@@ -1,6 +1,6 @@
 """The entry point, each rank in a folder of its own, as on a node of its own.
 
-    python tests/bad_input/from_own_folder.py FOLDER [arguments]
+python tests/bad_input/from_own_folder.py FOLDER [arguments]
 """
 
 import os

@@ -14,7 +14,7 @@ from typing import Any
 import tomli
 import tomli_w
 
-from nitp_titan import recipe
+from nitp_titan.config import recipe
 
 Path_ = tuple[str, ...]
 

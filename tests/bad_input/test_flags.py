@@ -3,7 +3,7 @@
 import pytest
 from outcome import is_one_line
 
-from nitp_titan.trainer import NITPTrainer
+from nitp_titan.training.trainer import NITPTrainer
 
 
 @pytest.fixture

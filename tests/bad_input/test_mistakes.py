@@ -10,7 +10,7 @@ import pytest
 from mistakes import Mistake
 from outcome import remove, tree
 
-from nitp_titan import recipe
+from nitp_titan.config import recipe
 
 PROJECT = recipe.PROJECT
 FILES = [f"{folder}/{name}.toml" for folder in ("recipes", "train_configs") for name in recipe.available(folder)]

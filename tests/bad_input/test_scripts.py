@@ -7,7 +7,7 @@ import sys
 import pytest
 from outcome import is_one_line, tree
 
-from nitp_titan.recipe import PROJECT
+from nitp_titan.config.recipe import PROJECT
 
 # Script and arguments, and what its one line says.
 SCRIPTS = [

@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 from outcome import is_one_line, tree
 
-from nitp_titan import recipe
+from nitp_titan.config import recipe
 
 PROJECT = recipe.PROJECT
 
@@ -20,8 +20,8 @@ def saved(assets, tmp_path_factory):
     """A run of three steps with its checkpoints, and its Hugging Face model."""
     from helpers import saved_run
 
-    from nitp_titan.checkpoint.saved import Checkpoint
-    from nitp_titan.hf.export import Export
+    from nitp_titan.checkpoint.stored import Checkpoint
+    from nitp_titan.export.export import Export
 
     folder = tmp_path_factory.mktemp("saved")
     saved_run(folder / "run", generated_data=False)
@@ -109,7 +109,7 @@ def test_all_ranks_end_with_one_line_for_a_checkpoint_of_another_model(torchrun,
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and "which the model needs" in line
     # torchrun writes a traceback of its own.
-    assert "nitp_titan/trainer.py" not in done.stderr
+    assert "nitp_titan/training/trainer.py" not in done.stderr
     assert time.monotonic() - start < 90 and not (tmp_path / "run/resolved.toml").exists()
 
 
@@ -129,4 +129,4 @@ def test_what_one_rank_alone_misses_ends_all_with_its_line(torchrun, tmp_path):
     done = torchrun(2, script, str(tmp_path), "--recipe", "debug/nitp_debug", "--train-config", "../machine.toml")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and "dataset_path = 'mine.jsonl' names no file" in line
-    assert "nitp_titan/trainer.py" not in done.stderr and time.monotonic() - start < 120
+    assert "nitp_titan/training/trainer.py" not in done.stderr and time.monotonic() - start < 120

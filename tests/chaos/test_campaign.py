@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from nitp_titan.chaos.campaign import Campaign, Settings
-from nitp_titan.chaos.trials import by_moment, Kill, table, Trial
+from chaos.campaign import Campaign, Settings
+from chaos.trials import (
+    by_moment,
+    Kill,
+    table,
+    Trial,
+)
 from nitp_titan.errors import UserError
 
 
@@ -56,9 +61,7 @@ def test_a_bad_option_is_told_in_one_line(options, message):
 
 def test_a_folder_in_use_is_refused_by_the_script_without_a_traceback(tmp_path):
     (tmp_path / "file").touch()
-    finished = subprocess.run(
-        [sys.executable, "scripts/chaos.py", "--out", str(tmp_path)], capture_output=True, text=True
-    )
+    finished = subprocess.run([sys.executable, "tests/chaos", "--out", str(tmp_path)], capture_output=True, text=True)
     assert finished.returncode == 1 and finished.stdout == ""
     assert finished.stderr == f"error: --out {tmp_path} exists already; choose another folder or remove it.\n"
 
@@ -74,7 +77,7 @@ def test_an_interrupted_campaign_leaves_no_process_behind(tmp_path, number):
                 found += [path.parent.name] if f"{out}/reference/run".encode() in path.read_bytes() else []
         return found
 
-    with subprocess.Popen([sys.executable, "scripts/chaos.py", "--out", str(out)], stderr=subprocess.PIPE) as campaign:
+    with subprocess.Popen([sys.executable, "tests/chaos", "--out", str(out)], stderr=subprocess.PIPE) as campaign:
         limit = time.monotonic() + 60
         while not trainings() and campaign.poll() is None and time.monotonic() < limit:
             time.sleep(0.02)

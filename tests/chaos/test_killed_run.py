@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nitp_titan.chaos import moments
-from nitp_titan.chaos.killed_run import KilledRun
-from nitp_titan.chaos.moments import MOMENTS
-from nitp_titan.chaos.trials import Trial
+from chaos import moments
+from chaos.killed_run import KilledRun
+from chaos.moments import MOMENTS
+from chaos.trials import Trial
 
 # Fifteen steps, a checkpoint after every third, of which two are kept; the second argument is a fault.
 _STAND_IN = """

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from nitp_titan.chaos.process_tree import ProcessTree
+from chaos.process_tree import ProcessTree
 
 # As torchrun does: a worker with a session of its own, which has a child itself.
 _WORKER = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"

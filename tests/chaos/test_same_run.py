@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nitp_titan.chaos.same_run import compare, complete_checkpoints
+from chaos.same_run import compare, complete_checkpoints
 
 
 def _states(step: int) -> dict:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from helpers import make_config, parameters, saved_run
 
-from nitp_titan import quiet
 from nitp_titan.checkpoint.resume import check_data
-from nitp_titan.checkpoint.saved import Checkpoint
 from nitp_titan.checkpoint.steps import complete_steps
+from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
+from nitp_titan.training import quiet
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from helpers import make_config
 from huggingface_hub.errors import RepositoryNotFoundError
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from nitp_titan import assets as stdlib
+from nitp_titan.data import assets as stdlib
 from nitp_titan.data.loader import check_dataset, check_sources, TextDataLoader
 from nitp_titan.errors import UserError
 

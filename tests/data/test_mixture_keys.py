@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 
-from nitp_titan import recipe
+from nitp_titan.config import recipe
 from nitp_titan.data.loader import check_dataset, TextDataLoader
 from nitp_titan.data.mixtures import MIXTURES, TextSource
 from nitp_titan.errors import UserError

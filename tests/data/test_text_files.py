@@ -17,7 +17,14 @@ import pytest
 
 from nitp_titan.data import text_sets
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.data.sources import check_source, described, left_out, local_files, open_source, Place
+from nitp_titan.data.sources import (
+    check_source,
+    described,
+    left_out,
+    local_files,
+    open_source,
+    Place,
+)
 from nitp_titan.data.text_files import documents_of, find_files, kind_of
 from nitp_titan.data.text_sets import TextStream
 from nitp_titan.errors import UserError

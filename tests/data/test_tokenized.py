@@ -23,15 +23,20 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.observability.structured_logger import structured_logging
 
 import nitp_titan.train
-from nitp_titan.data import token_workers
 from nitp_titan.data.loader import check_dataset, check_sources, TextDataLoader
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.data.tokenization import alone_in, open_job, settings_of, tokenize, verify
-from nitp_titan.data.tokenized import Manifest
+from nitp_titan.data.tokens.folder import Manifest
+from nitp_titan.data.tokens.writing import (
+    alone_in,
+    open_job,
+    settings_of,
+    tokenize,
+    verify,
+)
 from nitp_titan.errors import UserError
 from nitp_titan.metrics_file import read_records
-from nitp_titan.run import agreement
-from nitp_titan.run.run_folder import find_start
+from nitp_titan.runs import agreement
+from nitp_titan.runs.run_folder import find_start
 
 SEQ_LEN, GLOBAL_BATCH = 32, 6
 
@@ -215,7 +220,7 @@ def test_a_stream_is_cut_between_its_files_and_keeps_its_order(tmp_path, texts, 
 
 
 def test_the_log_says_shards_documents_tokens_speed_and_time_left(tmp_path, texts, assets, monkeypatch):
-    monkeypatch.setattr(token_workers, "SECONDS_BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(workers, "SECONDS_BETWEEN_LINES", 0.05)
     text = TextSource(dataset_path=_write(tmp_path / "text.jsonl", texts * 40))
     _, said = _tokenize(text, assets, tmp_path / "tokens")
     line = re.compile(r"shard \d+/64  documents ([\d,]+)  tokens [\d,]+  [\d,]+ tok/s(  left [\dhms]+)?")
@@ -240,9 +245,9 @@ def test_a_worker_that_is_killed_or_fails_without_a_word_ends_the_command_with_o
     ):
         workers = [SimpleNamespace(exitcode=code, sentinel=7) for code in codes]
         with pytest.raises(UserError, match=message):
-            token_workers._running(workers, silent)
+            workers._running(workers, silent)
     workers = [SimpleNamespace(exitcode=code, sentinel=7) for code in (0, None)]
-    assert token_workers._running(workers, silent) == [7]
+    assert workers._running(workers, silent) == [7]
 
 
 def test_a_file_that_ends_too_early_is_named_by_the_worker(tmp_path, texts, assets):

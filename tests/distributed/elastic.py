@@ -25,7 +25,7 @@ from layouts import in_child, make_seed
 from matrix import DEGREES, MODELS
 
 from nitp_titan.data.loader import TextDataLoader
-from nitp_titan.trainer import NITPTrainer
+from nitp_titan.training.trainer import NITPTrainer
 
 GLOBAL_BATCH, NUM_STREAMS = 4, 2
 

@@ -23,7 +23,8 @@ import torch
 from helpers import gradient_norms, make_config, weight_norm
 from matrix import Layout, LAYOUTS
 
-from nitp_titan import nitp, parallelize, trainer
+from nitp_titan.objectives import nitp, parallelize
+from nitp_titan.training import trainer
 
 
 def _without_halo(target, runs, group):

@@ -6,7 +6,7 @@ from typing import Any
 from helpers import PackedDataLoader
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 
-from nitp_titan.cpu import DENSE_ATTENTION
+from nitp_titan.training.cpu import DENSE_ATTENTION
 
 # What each seed checkpoint is of. Pipelines need untied embeddings; tied ones are tested besides.
 MODELS = {

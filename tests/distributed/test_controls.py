@@ -11,8 +11,8 @@ from helpers import make_config
 from layouts import in_child
 from matrix import LAYOUTS
 
+from nitp_titan.config.parallelism import check_layout
 from nitp_titan.errors import UserError
-from nitp_titan.layout import check_layout
 
 
 def _controlled(*controls: str) -> list[str]:

@@ -10,9 +10,9 @@ from helpers import saved_run, with_expert_bias, without_expert_bias
 from processes import free_port
 from safetensors.torch import load_file
 
-from nitp_titan.checkpoint.saved import Checkpoint
-from nitp_titan.config import ModelConfig
-from nitp_titan.hf.export import Export
+from nitp_titan.checkpoint.stored import Checkpoint
+from nitp_titan.config.sections import ModelConfig
+from nitp_titan.export.export import Export
 from nitp_titan.metrics_file import read_records
 
 

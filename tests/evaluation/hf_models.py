@@ -45,7 +45,7 @@ def save_llama(folder: Path, tokenizer: Path, seed: int) -> Path:
 def load(folder: Path, batch_size: int = 4):
     """The model as the evaluation has it."""
     from nitp_titan.evaluation.models import LoadedModel
-    from nitp_titan.pretrained import load_pretrained
+    from nitp_titan.evaluation.pretrained import load_pretrained
 
     return LoadedModel(str(folder), *load_pretrained(str(folder)), batch_size)
 

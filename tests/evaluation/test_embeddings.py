@@ -15,7 +15,12 @@ from torch.testing import assert_close
 
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation import embeddings
-from nitp_titan.evaluation.embeddings import Encoder, evaluate_task, GROUPS, TASKS
+from nitp_titan.evaluation.embeddings import (
+    Encoder,
+    evaluate_task,
+    GROUPS,
+    TASKS,
+)
 
 # Typed from the paper (App. E, Table 6): group, means of NTP and NITP, tasks.
 TABLE_6 = [

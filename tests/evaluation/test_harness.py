@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation import harness, scores, suites
+from nitp_titan.evaluation.pretrained import read_models
 from nitp_titan.evaluation.run import evaluate, Settings
 from nitp_titan.evaluation.scores import difference, Score
-from nitp_titan.pretrained import read_models
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation import perplexity
+from nitp_titan.evaluation.pretrained import read_models
 from nitp_titan.evaluation.scores import difference
-from nitp_titan.pretrained import read_models
 
 TEXTS = ["def one():\n    return 1\n" * 8, "Grüße, 世界 🙂!", "", "import os\nimport sys\n" * 20, "x"]
 SEQ_LEN = 48

@@ -9,10 +9,15 @@ import torch
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation.models import fingerprint
 from nitp_titan.evaluation.plan import Plan, Task
+from nitp_titan.evaluation.pretrained import (
+    load_pretrained,
+    Model,
+    read_models,
+    SPREAD,
+)
 from nitp_titan.evaluation.run import evaluate, Settings
 from nitp_titan.evaluation.scores import ratio, Score
 from nitp_titan.evaluation.store import ResultStore
-from nitp_titan.pretrained import load_pretrained, Model, read_models, SPREAD
 
 
 def _score(values) -> Score:

@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from nitp_titan.evaluation import scores
 from nitp_titan.evaluation.plan import Average, Plan, Row
+from nitp_titan.evaluation.pretrained import Model
 from nitp_titan.evaluation.run import Results, Settings
 from nitp_titan.evaluation.scores import difference, ratio, Score
 from nitp_titan.evaluation.tables import Comparison
-from nitp_titan.pretrained import Model
 
 
 def _score(values, weights=None, **fields) -> Score:

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nitp_titan.overhead.trace import as_rows, trace
+from nitp_titan.sizing.trace import as_rows, trace
 
 LENGTH = 8
 

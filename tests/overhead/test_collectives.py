@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from nitp_titan.overhead.trace import added, as_rows, Collective, Cost, Traffic
+from nitp_titan.sizing.trace import (
+    added,
+    as_rows,
+    Collective,
+    Cost,
+    Traffic,
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from overhead import counted
+from overhead.full_size import Case, count_all, paper_formula
 from processes import PROJECT
 from torchtitan.models.common import RMSNorm
 
-from nitp_titan import recipe
-from nitp_titan.overhead import counted, kernels
-from nitp_titan.overhead.full_size import Case, count_all, paper_formula
+from nitp_titan.config import recipe
+from nitp_titan.sizing import kernels
 
 # The paper's Table 4.
 V, LENGTH = 152064, 8192
@@ -118,10 +119,10 @@ def test_overhead_is_that_of_the_paper_within_a_tenth_of_a_point(figures, model)
 @pytest.mark.parametrize("name", counted.MODELS)
 def test_overhead_of_every_model_is_that_of_the_paper_within_a_tenth_of_a_point(name):
     """From the counts of the built model, which equal those of the traced step."""
-    from nitp_titan import dry_run
+    from nitp_titan.sizing import meta_check
 
     path, machine = recipe.find(counted.MODELS[name], "recipes"), recipe.find("h100x8", "train_configs")
-    counts = dry_run.counts_of(path, machine)
+    counts = meta_check.counts_of(path, machine)
     backbone, added = paper_formula(recipe.load(path, machine).model_spec.model)
     assert abs(counts.nitp_overhead - added / backbone) < FLOPS_BAR
 

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 from helpers import PackedDataLoader
+from overhead import measure
+from overhead.arms import arm_configs
 
-from nitp_titan import recipe
-from nitp_titan.counts import count_model
+from nitp_titan.config import recipe
 from nitp_titan.errors import UserError
-from nitp_titan.overhead import measure
-from nitp_titan.overhead.arms import arm_configs
+from nitp_titan.sizing.model_size import count_model
 
 DIM, LAYERS, VOCABULARY, SEQ_LEN = 96, 4, 4096, 128
 CPU = recipe.find("cpu", "train_configs")

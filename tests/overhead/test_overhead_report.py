@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from overhead import report
 
 from nitp_titan.errors import UserError
-from nitp_titan.overhead import report
 from nitp_titan.report import stats
 from nitp_titan.report.stats import bootstrap_interval
 
@@ -188,7 +188,7 @@ def test_a_damaged_file_is_named(tmp_path):
 )
 def test_a_mistake_is_one_line(arguments, environment, message, tmp_path):
     done = subprocess.run(
-        [sys.executable, "scripts/bench_overhead.py", *arguments, "--out", str(tmp_path / "out")],
+        [sys.executable, "scripts/overhead", *arguments, "--out", str(tmp_path / "out")],
         capture_output=True,
         text=True,
         env={"PATH": "", **environment},

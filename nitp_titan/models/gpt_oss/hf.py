@@ -4,7 +4,13 @@ from typing import Any
 
 from torchtitan.models.gpt_oss import GptOssModel
 
-from nitp_titan.hf.config import agreed, experts, gqa_config, require, shared_hidden_dim
+from nitp_titan.models.hf_config import (
+    agreed,
+    experts,
+    gqa_config,
+    require,
+    shared_hidden_dim,
+)
 
 _ARCHITECTURE = "GptOssForCausalLM"
 

@@ -1,0 +1,119 @@
+"""Start training runs as processes of their own, and recognise those that are finished. Imports no torch."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nitp_titan.config import recipe
+from nitp_titan.errors import UserError
+from nitp_titan.files import read_own, write_atomically
+from nitp_titan.runs import run_folder
+
+_STAMP = "arm.json"
+# Training processes that threads of this process wait for.
+_running: set[subprocess.Popen] = set()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run on one rank.
+
+    Args:
+        name: what messages call it.
+        recipe: path of the recipe.
+        train_config: path of the train config.
+        folder: its run folder.
+        flags: changes of single settings.
+        data: whatever else decides the result, such as the corpus' hash.
+    """
+
+    name: str
+    recipe: Path
+    train_config: Path
+    folder: Path
+    flags: list[str] = field(default_factory=list)
+    data: object = None
+
+    def command(self) -> list[str]:
+        paths = (os.path.relpath(path) for path in (self.recipe, self.train_config))
+        launcher = [sys.executable, "-m", "nitp_titan.torchrun", "--standalone", "--nproc_per_node", "1"]
+        arguments = [part for pair in zip(("--recipe", "--train-config"), paths) for part in pair]
+        return [*launcher, "-m", "nitp_titan.train", *arguments, "--dump_folder", str(self.folder), *self.flags]
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the run's result."""
+        settings = recipe.read_settings(self.recipe, self.train_config)
+        return hashlib.sha256(repr((settings.tables, self.flags, self.data)).encode()).hexdigest()
+
+    def finished(self) -> bool:
+        return self._stamp() == {"fingerprint": self.fingerprint(), "finished": True}
+
+    def train(self, say: Callable[[str], None]) -> None:
+        """Train the arm unless it is finished; one that was stopped goes on. Its full log is ``<folder>/log.txt``.
+
+        Args:
+            say: takes a line for every logged step.
+
+        Raises:
+            UserError: if the folder holds something else, or training fails, with the reason.
+            KeyboardInterrupt: once training has saved.
+        """
+        found, wanted = self._stamp(), self.fingerprint()
+        if found == {"fingerprint": wanted, "finished": True}:
+            return say(f"already trained ({self.folder})")
+        if self.folder.exists() and not found:
+            raise UserError(f"{self.folder} is not the folder of this run; choose another one with --out.")
+        if self.folder.exists() and found["fingerprint"] != wanted:
+            say(f"{self.folder} was trained with other settings; it is now {run_folder.set_aside(self.folder)}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_stamp(wanted, finished=False)
+        say(" ".join(self.command()))
+        started = time.monotonic()
+        with (self.folder / "log.txt").open("a") as log:
+            process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            _running.add(process)
+            try:
+                for line in process.stdout:
+                    log.write(line)
+                    _, found_step, rest = line.partition(" - step ")
+                    if found_step:
+                        say(f"step {rest.rstrip()}")
+            except KeyboardInterrupt:
+                say("is told to save and stop")
+                stop_all()
+                log.writelines(process.stdout)
+                process.wait()
+                raise
+            finally:
+                _running.discard(process)
+        if process.wait() != 0:
+            raise UserError(self._reason())
+        self._write_stamp(wanted, finished=True)
+        say(f"trained in {time.monotonic() - started:.0f} s")
+
+    def _stamp(self) -> dict:
+        return read_own(self.folder / _STAMP) or {}
+
+    def _write_stamp(self, fingerprint: str, *, finished: bool) -> None:
+        write_atomically(self.folder / _STAMP, json.dumps({"fingerprint": fingerprint, "finished": finished}))
+
+    def _reason(self) -> str:
+        lines = (self.folder / "log.txt").read_text().splitlines()
+        reasons = [line for line in lines if line.startswith("error: ")] or lines[-15:]
+        return "\n".join(reasons) + f"\ntraining of {self.name} failed; the whole log is {self.folder}/log.txt"
+
+
+def stop_all() -> None:
+    """Tell every training run of this process to save and stop, as Ctrl-C does.
+
+    One that the terminal has told at the same moment counts both as one signal.
+    """
+    for process in list(_running):
+        process.send_signal(signal.SIGINT)

@@ -1,0 +1,312 @@
+"""Recipes and train configs: TOML to a trainer config. The only reader of TOML.
+
+A recipe says what is trained, a train config where and how it runs; every key belongs
+to exactly one of the two. Imports torch only when a config is built.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tomli
+import tomli_w
+
+from nitp_titan.errors import nearest, shown, UserError
+from nitp_titan.files import write_atomically
+
+PROJECT = Path(__file__).resolve().parents[2]
+_MAX_BYTES = 1_000_000
+
+# What is trained. Every other key says where and how, and belongs to a train config.
+RECIPE_KEYS: dict[str, set[str] | None] = {
+    # The tokenizer: it gives tokens and losses their meaning.
+    "": {"hf_assets_path"},
+    "model": {"family", "flavor"},
+    "nitp": None,
+    "optimizer": {"lr", "betas", "eps", "weight_decay", "param_groups"},
+    "lr_scheduler": None,
+    "training": {"seq_len", "global_batch_size", "steps", "max_norm"},
+    # The order of the sequences. Where the text is belongs to a train config.
+    "dataloader": {"num_streams", "seed", "shuffle"},
+    "guard": None,
+    "debug": {"seed"},
+}
+# Looked for in the working directory, then in the project.
+_PATH_KEYS = ("hf_assets_path", "dataset_path")
+REQUIRED_KEYS = [
+    ("model", "family"),
+    ("model", "flavor"),
+    ("training", "seq_len"),
+    ("training", "global_batch_size"),
+    ("training", "steps"),
+]
+
+
+@dataclasses.dataclass
+class Settings:
+    """Merged tables of one run, with the file that each key comes from.
+
+    Top-level keys live in the table ``""``.
+    """
+
+    tables: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    origins: dict[tuple[str, str], Path] = dataclasses.field(default_factory=dict)
+    misplaced: list[str] = dataclasses.field(default_factory=list)
+    """Keys in the wrong kind of file; complained about once it is clear that they exist at all."""
+
+    def add(self, table: str, key: str, value: Any, origin: Path) -> None:
+        if not table and key in RECIPE_KEYS:
+            raise UserError(f"{origin}: [{key}] must be a table, not {shown(value)}.")
+        self.tables.setdefault(table, {})[key] = value
+        self.origins[table, key] = origin
+
+    def place(self, table: str | None, key: str | None = None) -> str:
+        """``"file: "`` of a setting, or of its table, or nothing where no file set it."""
+        top, _, nested = (table or "").partition(".")
+        if nested:
+            return self.place(top, nested.partition(".")[0])
+        if (table, key) in self.origins:
+            return f"{self.origins[table, key]}: "
+        # A recipe does not set the keys of a train config, nor the other way round.
+        files = [
+            origin
+            for (name, other), origin in self.origins.items()
+            if name == table and (key is None or is_recipe_key(name, other) == is_recipe_key(name, key))
+        ]
+        return f"{files[-1]}: " if files else ""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file; UserError names the file, and the line of a mistake."""
+    try:
+        return tomli.loads(_read_file(path).decode("utf-8"))
+    except FileNotFoundError:
+        siblings = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise UserError(f"{path} does not exist.{nearest(str(path), siblings)}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start}.") from None
+    except (ValueError, RecursionError) as error:
+        # Not tomli's own: a number of thousands of digits, brackets that open thousands deep.
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def _read_file(path: Path) -> bytes:
+    """Content of a regular file of a size that people write; a pipe or a device would be read for ever."""
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        what = "a folder" if kind == stat.S_IFDIR else "a pipe, socket or device"
+        raise UserError(f"{path} is {what}, not a TOML file.")
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path} is larger than {_MAX_BYTES:,} bytes: not a recipe or train config.")
+    return content
+
+
+def is_recipe_key(table: str, key: str) -> bool:
+    return table in RECIPE_KEYS and (RECIPE_KEYS[table] is None or key in RECIPE_KEYS[table])
+
+
+def entries(data: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(table, key, value) of a parsed file."""
+    for name, content in data.items():
+        if isinstance(content, dict):
+            yield from ((name, key, value) for key, value in content.items())
+        else:
+            yield "", name, content
+
+
+def _check_base(path: Path, base: Any) -> None:
+    """Raise UserError unless ``base`` is a recipe near ``path``: nobody's recipe reads files from anywhere."""
+    place = f"{path}: extends = {shown(base)}"
+    if not isinstance(base, str) or not base.endswith(".toml") or "\0" in base or Path(base).is_absolute():
+        raise UserError(f"{place}, but it must be the path of a recipe (.toml), from this one's folder.")
+    try:
+        found = (path.parent / base).resolve()
+    except (OSError, RuntimeError):
+        raise UserError(f"{place} goes round in a circle of links.") from None
+    if found == path.resolve():
+        raise UserError(f"{place}: a recipe cannot extend itself.")
+    folders = (path.parent.resolve().parent, PROJECT / "recipes")
+    if not any(found.is_relative_to(folder) for folder in folders):
+        raise UserError(f"{place} is outside of {folders[0]}, the folder above this recipe's, and of {folders[1]}.")
+
+
+def _read_into(settings: Settings, path: Path, kind: str, *, extends: bool = False) -> None:
+    data = read_toml(path)
+    base = data.pop("extends", None)
+    if base is not None:
+        if kind != "recipe" or not extends:
+            reason = "a base recipe extends nothing (one level only)" if kind == "recipe" else "only recipes do"
+            raise UserError(f"{path}: extends = {shown(base)}: {reason}.")
+        _check_base(path, base)
+        try:
+            _read_into(settings, path.parent / base, kind)
+        except UserError as error:
+            raise UserError(f"{path}: extends = '{base}': {error}") from None
+    for table, key, value in entries(data):
+        owner = "recipe" if is_recipe_key(table, key) else "train config"
+        if owner != kind:
+            place = f"[{table}] {key}" if table else key
+            settings.misplaced.append(
+                f"{path}: {place} belongs to a {owner}, not to a {kind}. A recipe says what is trained, a train "
+                "config where and how it runs."
+            )
+        settings.add(table, key, value, path)
+
+
+def read_settings(recipe: Path, train_config: Path | None) -> Settings:
+    """Merge a recipe, its base and a train config into checked tables, without building anything.
+
+    Args:
+        recipe: a recipe, or the ``resolved.toml`` of a run, which holds everything.
+        train_config: a train config; None for a resolved recipe.
+
+    Raises:
+        UserError: for anything wrong in a file that can be seen without TorchTitan.
+    """
+    settings = Settings()
+    head = read_toml(recipe)
+    if head.get("resolved") is True:
+        if train_config is not None:
+            raise UserError(f"{recipe} is the resolved recipe of a run and needs no train config.")
+        del head["resolved"]
+        for table, key, value in entries(head):
+            settings.add(table, key, value, recipe)
+        _check_complete(settings, recipe)
+        return settings
+    if train_config is None:
+        raise UserError(f"{recipe} needs a train config, for example train_configs/cpu.toml.")
+    settings = read_recipe(recipe)
+    _read_into(settings, train_config, "train config")
+    _name_run(settings, recipe)
+    _find_own_files(settings.tables)
+    return settings
+
+
+def _find_own_files(tables: dict[str, Any]) -> None:
+    """Let the paths of data and tokenizer lead into the project where the working directory has no such folder."""
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            _find_own_files(value)
+        elif key in _PATH_KEYS and isinstance(value, str) and value and not os.path.isabs(value):
+            has_own = os.path.lexists(Path(value).parts[0])
+            tables[key] = str(PROJECT / value) if not has_own and os.path.lexists(PROJECT / value) else value
+
+
+def _name_run(settings: Settings, recipe: Path) -> None:
+    """Put the recipe's name into ``dump_folder``, so that two arms on one train config do not share a folder.
+
+    Weights & Biases gets it too, with the model as the group of runs to compare.
+    """
+    name, model = f"{recipe.resolve().parent.name}/{recipe.stem}", settings.tables["model"]
+    folder = settings.tables.get("", {}).get("dump_folder")
+    if isinstance(folder, str):
+        settings.tables[""]["dump_folder"] = folder.replace("{recipe}", name)
+    metrics = settings.tables.setdefault("metrics", {})
+    if isinstance(metrics, dict):
+        metrics.setdefault("run_name", name)
+        metrics.setdefault("run_group", f"{model['family']} {model['flavor']}")
+
+
+def read_recipe(recipe: Path) -> Settings:
+    """Merge a recipe and its base, without a train config; UserError as `read_settings`."""
+    settings = Settings()
+    _read_into(settings, recipe, "recipe", extends=True)
+    _check_complete(settings, recipe)
+    return settings
+
+
+def read_any(recipe: Path) -> Settings:
+    """Merge a recipe, or the ``resolved.toml`` of a run, without a train config; UserError as `read_settings`."""
+    return read_settings(recipe, None) if read_toml(recipe).get("resolved") is True else read_recipe(recipe)
+
+
+def _misspelt(settings: Settings, table: str, key: str) -> str:
+    """What a file has in place of a missing key, or of its table."""
+    if table in settings.tables:
+        written = {key: [name for name in settings.tables[table] if not is_recipe_key(table, name)]}
+    else:
+        unknown = [name for name in settings.tables.get("", {}) if not is_recipe_key("", name)]
+        written = {table: [name for name in settings.tables if name not in RECIPE_KEYS], "extends": unknown}
+    for word, names in written.items():
+        if found := difflib.get_close_matches(word, names, n=1):
+            return f" Did you mean '{word}' by '{found[0]}'?"
+    return ""
+
+
+def _check_complete(settings: Settings, recipe: Path) -> None:
+    for table, key in REQUIRED_KEYS:
+        if key not in settings.tables.get(table, {}):
+            raise UserError(f"{recipe}: [{table}] {key} is missing.{_misspelt(settings, table, key)}")
+    optimizer = settings.tables.get("optimizer", {})
+    if "lr" not in optimizer and "param_groups" not in optimizer:
+        raise UserError(f"{recipe}: [optimizer] lr is missing.")
+
+
+def load(recipe: Path, train_config: Path | None):
+    """Build the ``NITPTrainer.Config`` of a recipe on a train config.
+
+    Raises:
+        UserError: naming file, table, key, value and what is allowed.
+    """
+    from nitp_titan.config import build
+
+    return build.build(read_settings(recipe, train_config))
+
+
+def write_resolved(config, folder: Path) -> None:
+    """Write ``resolved.toml`` (can be trained again) and ``resolved.json`` into a run folder."""
+    from nitp_titan.config import build
+
+    tables = build.to_tables(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = "# The resolved configuration of a run; torchrun ... -m nitp_titan.train --recipe <this file>\n"
+    write_atomically(folder / "resolved.toml", head + tomli_w.dumps({"resolved": True, **tables}))
+    write_atomically(folder / "resolved.json", json.dumps(tables, indent=2) + "\n")
+
+
+def find(name: str, folder: str) -> Path:
+    """A recipe or train config by path or by short name (``debug/nitp_debug``, ``cpu``).
+
+    Looks from the working directory first, then in the project. The returned path may
+    not exist; `read_toml` says so then.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        # A link that leads nowhere is there: the project's file would not be the one that is meant.
+        return path if os.path.lexists(path) or not (PROJECT / path).exists() else PROJECT / path
+    relative = Path(folder) / f"{name}.toml"
+    if relative.exists():
+        return relative
+    _check_folder(folder)
+    return PROJECT / relative
+
+
+def _check_folder(folder: str) -> None:
+    if not (PROJECT / folder).is_dir():
+        raise UserError(
+            f"{PROJECT} has no folder {folder}: nitp-titan was installed without its project, which holds them. "
+            "Install it with `pip install --editable .`, start in the project's folder, or name a .toml file."
+        )
+
+
+def available(folder: str) -> list[str]:
+    """Short names of the project's recipes or train configs."""
+    _check_folder(folder)
+    root = PROJECT / folder
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.toml"))
+
+
+def default_train_config() -> Path:
+    """``gpu`` where there is one, else ``cpu``."""
+    import torch
+
+    return find("gpu" if torch.accelerator.is_available() else "cpu", "train_configs")

@@ -1,0 +1,162 @@
+"""Processes that write the shards of a `Job`, and what the log says of them."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import connection
+
+from nitp_titan.data.tokens.folder import Shard
+from nitp_titan.data.tokens.shards import Job, load_tokenizer
+from nitp_titan.errors import UserError
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def write_shards(job: Job, num_workers: int, say: Callable[[str], None]) -> None:
+    """Write the shards that are not done yet.
+
+    Args:
+        job: which shards.
+        num_workers: processes, as far as there are shards for them.
+        say: takes lines of the log.
+
+    Raises:
+        UserError: what the first worker that failed says; no other goes on then.
+    """
+    job.clear()
+    progress = _Progress(job)
+    if progress.done:
+        say(f"goes on: {len(progress.done)} of {job.num_shards} shards are there")
+    pending = [shard for shard in range(job.num_shards) if shard not in progress.done]
+    if job.num_documents is None and job.num_shards < num_workers:
+        files = "1 file" if job.num_shards == 1 else f"{job.num_shards} files"
+        say(f"'{job.place.name}' is streamed, {files} for {num_workers} workers: only so many of them read")
+    # Not forked from here: this process has threads, and perhaps connections.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    taken, errors = context.Value("q", 0), context.SimpleQueue()
+    workers = [
+        context.Process(target=_work, args=(job, pending, taken, errors), daemon=True)
+        for _ in range(min(num_workers, len(pending)))
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        while running := _running(workers, errors):
+            connection.wait(running, timeout=progress.seconds_to_line())
+            progress.say(say)
+    finally:
+        for worker in workers:
+            # Not those that an interruption kept from starting.
+            if worker.pid is not None:
+                worker.terminate()
+                worker.join()
+
+
+def _running(workers: list, errors) -> list[int]:
+    """Sentinels of the workers that are not at their end; UserError if one has failed."""
+    codes = [worker.exitcode for worker in workers]
+    for code in codes:
+        if code:
+            raise UserError(_failure(code, errors))
+    return [worker.sentinel for worker, code in zip(workers, codes) if code is None]
+
+
+def _failure(exitcode: int, errors) -> str:
+    if not errors.empty():
+        return errors.get()
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        return f"a worker was ended by {name}, as where memory is full; the same command goes on."
+    return "a worker failed; its message is above, and the same command goes on."
+
+
+def _work(job: Job, pending: list[int], taken, errors) -> None:
+    """Write one shard after the other, each the next that no worker has taken, until none is left."""
+    # A key's interrupt reaches all processes; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.disable(logging.WARNING)
+    try:
+        tokenizer = load_tokenizer(job.tokenizer)
+        while (shard := _next(pending, taken)) is not None:
+            job.write(shard, tokenizer)
+    except UserError as error:
+        errors.put(str(error))
+        sys.exit(1)
+    except OSError as error:
+        errors.put(f"--out {job.folder} cannot be written: {error.strerror}; the same command goes on.")
+        sys.exit(1)
+
+
+def _next(pending: list[int], taken) -> int | None:
+    with taken.get_lock():
+        index = taken.value
+        taken.value += 1
+    return pending[index] if index < len(pending) else None
+
+
+def _end_with_parent() -> None:
+    """A killed command leaves no worker behind, which would write beside those of the next."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+class _Progress:
+    """Documents and tokens on the disk, and the speed since the start."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        self.done: dict[int, Shard] = {}
+        self._look()
+        self._first = self._counts()
+        self._start = self._said = time.monotonic()
+
+    def _look(self) -> None:
+        for shard in range(self._job.num_shards):
+            if shard not in self.done and (found := self._job.done(shard)):
+                self.done[shard] = found
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Shards, documents and tokens."""
+        begun = [self._job.begun(shard) for shard in range(self._job.num_shards) if shard not in self.done]
+        documents = sum(found.documents for found in self.done.values()) + sum(found[0] for found in begun)
+        tokens = sum(found.tokens for found in self.done.values()) + sum(found[1] for found in begun)
+        return len(self.done), documents, tokens
+
+    def seconds_to_line(self) -> float:
+        return max(0.0, self._said + SECONDS_BETWEEN_LINES - time.monotonic())
+
+    def say(self, say: Callable[[str], None]) -> None:
+        """A line, if it is time for one."""
+        if self.seconds_to_line() > 0:
+            return
+        self._said = time.monotonic()
+        self._look()
+        shards, documents, tokens = now = self._counts()
+        seconds = self._said - self._start
+        if now == self._first:
+            # The workers are still starting.
+            return
+        parts = [
+            f"shard {shards}/{self._job.num_shards}",
+            f"documents {documents:,}",
+            f"tokens {tokens:,}",
+            f"{(tokens - self._first[2]) / seconds:,.0f} tok/s",
+            self._left(now, seconds),
+        ]
+        say("  ".join(part for part in parts if part))
+
+    def _left(self, now: tuple[int, int, int], seconds: float) -> str:
+        # Imported where it is needed: with it comes half of TorchTitan, which no worker wants.
+        from nitp_titan.training.metrics import time_left
+
+        # How many documents a stream has is known at its end only.
+        which, total = (0, self._job.num_shards) if self._job.num_documents is None else (1, self._job.num_documents)
+        written = now[which] - self._first[which]
+        return f"left {time_left((total - now[which]) / written * seconds)}" if written > 0 else ""

@@ -1,1 +1,0 @@
-"""A run as a whole: its folder, what it is started with, and how it ends."""

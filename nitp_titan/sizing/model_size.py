@@ -1,0 +1,100 @@
+"""Parameters and FLOPs, counted from a built model."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.moe import GroupedExperts, MoE
+
+from nitp_titan.objectives.adapter import PROJECTOR_PREFIX
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of a model, and FLOPs of training it on one token (forward and backward)."""
+
+    parameters: int
+    """Parameters of the deployed model: without the projector."""
+
+    activated_parameters: int
+    """Parameters that one token uses; both embeddings counted."""
+
+    projector_parameters: int
+
+    flops: int
+    """Of the backbone's matrix multiplications, 6 per parameter used (the paper's convention, App. G)."""
+
+    attention_flops: int
+    """Of the attention scores and their values, causality not deducted (TorchTitan's convention)."""
+
+    nitp_flops: int
+    """Of the projector."""
+
+    @property
+    def nitp_overhead(self) -> float:
+        """NITP's FLOPs as a fraction of the backbone's, as in App. G."""
+        return self.nitp_flops / self.flops
+
+
+def count_model(model: Decoder, seq_len: int) -> Counts:
+    """Count a built model, on any device.
+
+    Args:
+        model: a decoder, with or without the NITP module, not parallelized.
+        seq_len: tokens of a sequence, which attention's FLOPs grow with.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    projector = sum(size for name, size in sizes.items() if name.startswith(PROJECTOR_PREFIX))
+    total = sum(sizes.values()) - projector
+    idle = sum(_expert_parameters(moe) * (1 - _used(moe)) for moe in _of_type(model, MoE))
+    return Counts(
+        parameters=total,
+        activated_parameters=round(total - idle),
+        projector_parameters=projector,
+        flops=round(6 * (_matmul_parameters(model) - projector)),
+        attention_flops=sum(_attention_flops(layer.attention, seq_len) for layer in model.config.layers),
+        nitp_flops=6 * projector,
+    )
+
+
+def projector_cost(model: Decoder) -> float:
+    """FLOPs of the projector as a multiple of those of a decoder layer, the mean over layers.
+
+    Args:
+        model: a whole built model with the NITP module, not parallelized.
+    """
+    layers = model.layers.values()
+    return _matmul_parameters(model.nitp) * len(layers) / sum(_matmul_parameters(layer) for layer in layers)
+
+
+def _matmul_parameters(module: nn.Module) -> float:
+    """Parameters that multiply the states of one token."""
+    linears = sum(linear.weight.numel() for linear in _of_type(module, nn.Linear))
+    return linears + sum(_expert_parameters(moe) * _used(moe) for moe in _of_type(module, MoE))
+
+
+def _of_type(model: nn.Module, kind: type) -> list:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def _expert_parameters(moe: MoE) -> int:
+    return sum(p.numel() for experts in _of_type(moe, GroupedExperts) for p in experts.parameters())
+
+
+def _used(moe: MoE) -> float:
+    return moe.router.top_k / moe.router.num_experts
+
+
+def _attention_flops(attention, seq_len: int) -> int:
+    if attention is None:
+        return 0
+    # Two products of 2 n_heads dim seq_len FLOPs, scores and values, three times with the backward.
+    return 3 * 2 * attention.n_heads * sum(_head_dims(attention)) * seq_len
+
+
+def _head_dims(attention) -> tuple[int, int]:
+    """Dimensions of a head's queries and of its values, which differ in latent attention."""
+    if hasattr(attention, "qk_nope_head_dim"):
+        return attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
+    dim = getattr(attention, "head_dim", None) or attention.dim // attention.n_heads
+    return dim, dim

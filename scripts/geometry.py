@@ -1,0 +1,63 @@
+"""Effective rank, cosine and spectrum of pretrained models' hidden states, layer by layer, on a text of yours.
+
+python scripts/geometry.py --model outputs/hf/nitp --text assets/stdlib/validation.jsonl --out outputs/probe
+python scripts/geometry.py --model ntp=outputs/hf/ntp nitp=outputs/hf/nitp \\
+    --text corpus.jsonl --dtype bfloat16 --out outputs/probe         # side by side, differences to the first
+
+Any causal language model that transformers loads: a folder, or owner/name on the Hugging Face hub. The figures are
+those of training's geometry.jsonl. The first --seq-len tokens of every document are one sequence; all models read the
+same documents, as many as hold --tokens tokens of the first model.
+"""
+
+import argparse
+from pathlib import Path
+
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
+from nitp_titan.evaluation.geometry import (
+    check,
+    probe,
+    say,
+    Settings,
+)
+from nitp_titan.evaluation.pretrained import read_models
+from nitp_titan.report.folder import check_writable
+from nitp_titan.report.pretrained_geometry import as_json, tables, write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", nargs="+", action="append", required=True, metavar="[NAME=]MODEL", help="a folder, or owner/name"
+    )
+    parser.add_argument(
+        "--text", type=Path, required=True, help="JSON lines, parquet, or .txt with blank lines between documents"
+    )
+    parser.add_argument("--text-field", default=Settings.text_field, help="field of the JSON lines (%(default)s)")
+    parser.add_argument("--seq-len", type=int, default=Settings.seq_len, help="tokens per document (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=Settings.tokens, help="at most so many in all (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=Settings.batch_size, help="sequences at a time (%(default)s)")
+    parser.add_argument("--dtype", default=Settings.dtype, help="float32, bfloat16 or float16 (%(default)s)")
+    parser.add_argument("--device", default=Settings.device, help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--num-pairs", type=int, default=Settings.num_pairs, help="sampled pairs (%(default)s)")
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="of the sampled pairs (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of geometry.json, geometry.md and the figures")
+    parser.add_argument("--json", action="store_true", help="print geometry.json instead of the table")
+    arguments = vars(parser.parse_args())
+    models, out, as_text = arguments.pop("model"), arguments.pop("out"), arguments.pop("json")
+    settings = Settings(**arguments)
+    models = read_models([model for several in models for model in several])
+    check(settings)
+    check_writable(out)
+    result = probe(models, settings)
+    files = write(result, out)
+    print(as_json(result) if as_text else tables(result))
+    for line in result["warnings"]:
+        say(f"warning: {line}")
+    if not as_text:
+        print("\n" + "\n".join(map(str, files)))
+
+
+if __name__ == "__main__":
+    errors.run(main, kept="nothing was written; the same command starts again.")

@@ -1,0 +1,1 @@
+"""What NITP costs: the benchmark. `python scripts/overhead`."""

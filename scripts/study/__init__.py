@@ -1,0 +1,1 @@
+"""Which mechanisms show on a small model: the study. `python scripts/study`."""

@@ -1,0 +1,126 @@
+"""Which of the paper's mechanisms show on a small model? Train recipes/study/ with several seeds and print the table.
+
+python scripts/study                     # about an hour on 2 quiet cores; goes on where it stopped
+python scripts/study --all               # with longer training and a larger vocabulary: some hours
+python scripts/study --arm ntp --arm nitp --seed 1
+python scripts/study --report            # the table of what is there already
+"""
+
+import argparse
+import os
+import queue
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# `python scripts/study` has the folder itself on the path, not the one it lies in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import _checkout  # noqa: F401
+
+from nitp_titan import errors
+from nitp_titan.cli.launch import Arm, stop_all
+from nitp_titan.config import recipe
+from nitp_titan.data.assets import prepare_stdlib_assets
+from nitp_titan.errors import nearest, UserError
+from nitp_titan.training.metrics import time_left
+from study.report import mechanisms_table, read_study
+
+SEEDS = (1, 2, 3)
+# Beyond the hour: does the sign of an effect change?
+LONGER = {"ntp_long", "nitp_long", "ntp_vocab_16k", "nitp_vocab_16k"}
+LARGE_VOCABULARY = ("assets/stdlib_16k", 16384)
+# Gradient spikes show at single steps only.
+FLAGS = ["--metrics.log_freq", "1", "--geometry.interval", "25", "--validator.freq", "100"]
+
+
+class Progress:
+    """One line per finished run and per hundred steps, with the time left for all."""
+
+    def __init__(self, arms: list[Arm]):
+        self.total, self.done, self.trained = len(arms), 0, 0
+        self.started, self.lock = time.monotonic(), threading.Lock()
+
+    def say(self, arm: Arm, line: str) -> None:
+        step = line.removeprefix("step ").partition("/")[0]
+        if not line.startswith("step ") or (step.isdigit() and int(step) % 100 == 0):
+            with self.lock:
+                print(f"{arm.name}: {line}", flush=True)
+
+    def finished(self, *, trained: bool) -> None:
+        with self.lock:
+            self.done, self.trained = self.done + 1, self.trained + trained
+            if trained:
+                left = (self.total - self.done) * (time.monotonic() - self.started) / self.trained
+                print(f"{self.done} of {self.total} runs, left {time_left(left)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", action="append", help="a recipe of recipes/study, by name; repeat (default: all)")
+    parser.add_argument("--all", action="store_true", help="the recipes that take longer, too")
+    parser.add_argument("--seed", action="append", type=int, help="repeat (default: 1, 2 and 3)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--parallel", type=int, default=cores, help="runs at a time (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/study"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    available = sorted(path.stem for path in (recipe.PROJECT / "recipes/study").glob("*.toml"))
+    for name in arguments.arm or []:
+        if name not in available:
+            raise UserError(f"--arm {name}: there is no such recipe in recipes/study.{nearest(name, available)}")
+    if not 1 <= arguments.parallel <= cores:
+        raise UserError(f"--parallel {arguments.parallel}: 1 to {cores}, the number of cores.")
+    names = arguments.arm or [name for name in available if arguments.all or name not in LONGER]
+    seeds = arguments.seed or SEEDS
+    if not arguments.report:
+        train(names, seeds, arguments.out, arguments.parallel)
+    print("\n" + mechanisms_table(read_study(arguments.out)))
+
+
+def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
+    """Train every recipe with every seed, some at a time.
+
+    Runs share no core, or their OpenMP threads would wait for each other ten times as long as they compute.
+    """
+    manifest = prepare_stdlib_assets(Path("assets/stdlib"))
+    if any("vocab_16k" in name for name in names):
+        folder, vocab_size = LARGE_VOCABULARY
+        prepare_stdlib_assets(Path(folder), vocab_size)
+    arms = [
+        Arm(
+            name=f"{name} seed {seed}",
+            recipe=recipe.find(f"study/{name}", "recipes"),
+            train_config=recipe.find("cpu", "train_configs"),
+            folder=out / name / f"seed_{seed}",
+            flags=["--debug.seed", str(seed), *FLAGS],
+            data=manifest["train"],
+        )
+        for seed in seeds
+        for name in names
+    ]
+    progress = Progress(arms)
+    cores = queue.SimpleQueue()
+    for worker in range(parallel):
+        cores.put(sorted(os.sched_getaffinity(0))[worker::parallel])
+
+    def run(arm: Arm) -> None:
+        finished = arm.finished()
+        arm.train(lambda line: progress.say(arm, line))
+        progress.finished(trained=not finished)
+
+    with ThreadPoolExecutor(parallel, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
+        try:
+            for done in [pool.submit(run, arm) for arm in arms]:
+                done.result()
+        except BaseException:
+            # Otherwise those that wait would still be trained.
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
+            raise
+
+
+if __name__ == "__main__":
+    errors.run(main, kept="runs keep what they have saved; the same command goes on.")

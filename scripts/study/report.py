@@ -1,0 +1,203 @@
+"""The mechanism study: which of the paper's claims the runs of recipes/study show."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+from nitp_titan import markdown
+from nitp_titan.errors import UserError
+from nitp_titan.report.runs import Arm, read_arms, Run
+from nitp_titan.report.stats import (
+    bootstrap_interval,
+    final_mean,
+    last,
+    paired,
+    phases,
+)
+
+Value = Callable[[Run], float | None]
+
+_NOTE = (
+    "Value: mean over seeds (smallest to largest). Interval: 95% bootstrap of the mean difference over pairs of the "
+    "same seed; with three pairs it goes from the smallest to the largest difference. Seen: the interval leaves out "
+    "zero, a preserved loss is within 0.01 nats, a fall is below 0.95. Three differences agree in their sign by chance "
+    "alone in one comparison of four."
+)
+
+
+def _hump_over_collapse(run: Run) -> float | None:
+    marks = phases(*run.series("nitp_loss"))
+    return marks and marks["hump"][1] / marks["collapse"][1]
+
+
+def _end_over_hump(run: Run) -> float | None:
+    marks = phases(*run.series("nitp_loss"))
+    return marks and marks["end"][1] / marks["hump"][1]
+
+
+def _largest_gradient(run: Run) -> float | None:
+    """Largest gradient norm over the median one, after the warm-up."""
+    warmup = run.settings.get("lr_scheduler.warmup_steps", 0)
+    norms = [norm for step, norm in zip(*run.series("grad_norm")) if step > warmup]
+    return max(norms) / median(norms) if norms else None
+
+
+def _validation(run: Run) -> float | None:
+    return last(run.validation_series())
+
+
+def _probe(figure: str, state: str = "hidden") -> Value:
+    return lambda run: last(run.probe_series(state, figure))
+
+
+def _rank_over_peak(run: Run) -> float | None:
+    """Last effective rank over the largest one after the collapse of the first 200 steps."""
+    ranks = [rank for step, rank in zip(*run.probe_series("hidden", "effective_rank")) if step >= 200]
+    return ranks[-1] / max(ranks) if ranks else None
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A claim of the paper that one number can bear out or not."""
+
+    claim: str
+    figure: str
+    of: Value
+    form: str
+    arm: str
+    baseline: str | None
+    """Arm that it is compared with; None if the number speaks for itself."""
+
+    expected: int
+    """1 if the claim is a larger number than the baseline's, or than 1 without one; -1 a smaller; 0 the same."""
+
+    negligible: float = 0.0
+    """Size of a difference that still counts as the same."""
+
+
+def _against_ntp(arm: str, baseline: str = "ntp", note: str = "") -> list[Mechanism]:
+    return [
+        Mechanism(
+            f"NTP loss is preserved{note}", "validation NTP loss", _validation, ".3f", arm, baseline, 0, negligible=0.01
+        ),
+        Mechanism(
+            f"effective rank is higher{note}",
+            "effective rank, probe",
+            _probe("effective_rank"),
+            ".2f",
+            arm,
+            baseline,
+            1,
+        ),
+        Mechanism(f"cosine is lower{note}", "cosine, probe", _probe("cosine"), ".3f", arm, baseline, -1),
+    ]
+
+
+def _falls(arm: str, note: str = "") -> Mechanism:
+    claim = f"effective rank of NTP falls after its peak{note}"
+    # At most 1 by its making: a twentieth is no fall.
+    return Mechanism(claim, "last over largest, probe", _rank_over_peak, ".2f", arm, None, -1, negligible=0.05)
+
+
+MECHANISMS = [
+    Mechanism("NITP loss collapses, then rises", "hump over collapse", _hump_over_collapse, ".1f", "nitp", None, 1),
+    Mechanism("and then declines", "end over hump", _end_over_hump, ".2f", "nitp", None, -1),
+    Mechanism(
+        "the same position aligns far more closely",
+        "NITP loss at the end",
+        lambda run: final_mean(run.series("nitp_loss")),
+        ".3f",
+        "same_position",
+        "nitp",
+        -1,
+    ),
+    Mechanism("and is the worse objective", "validation NTP loss", _validation, ".3f", "same_position", "nitp", 1),
+    Mechanism(
+        "without stop-gradient the target drifts",
+        "effective rank of the target",
+        _probe("effective_rank", "target"),
+        ".2f",
+        "no_stop_gradient",
+        "nitp",
+        -1,
+    ),
+    Mechanism(
+        "and lies in a narrow cone",
+        "cosine of the target",
+        _probe("cosine", "target"),
+        ".2f",
+        "no_stop_gradient",
+        "nitp",
+        1,
+    ),
+    Mechanism("without projector it is worse", "validation NTP loss", _validation, ".3f", "no_projector", "nitp", 1),
+    Mechanism(
+        "MSE makes gradients spike", "largest gradient over the median", _largest_gradient, ".1f", "loss_mse", "nitp", 1
+    ),
+    *_against_ntp("nitp"),
+    *_against_ntp("weight_0.1", note=", weight 0.1"),
+    _falls("ntp"),
+    *_against_ntp("nitp_long", "ntp_long", ", 8.2M tokens"),
+    _falls("ntp_long", ", 8.2M tokens"),
+    *_against_ntp("nitp_vocab_16k", "ntp_vocab_16k", ", vocabulary 16,384"),
+]
+
+
+def read_study(folder: Path) -> dict[str, Arm]:
+    """Arms of a study by the name of their recipe.
+
+    Raises:
+        UserError: if there is no finished run.
+    """
+    paths = sorted(path for path in folder.glob("*") if any(path.glob("*/metrics.jsonl")))
+    if not paths:
+        raise UserError(f"{folder} holds no runs of the study yet.")
+    arms, _ = read_arms(f"{path.name}={path}" for path in paths)
+    finished = {arm.name: [run for run in arm.runs if run.last_step == run.planned_steps] for arm in arms}
+    return {name: Arm(name, runs) for name, runs in finished.items() if runs}
+
+
+def mechanisms_table(arms: dict[str, Arm]) -> str:
+    """Markdown table of the mechanisms whose arms have finished runs, and how to read it."""
+    header = ["claim", "figure", "arm", "value", "baseline", "difference (95% interval)", "seeds", "seen"]
+    rows = [row for mechanism in MECHANISMS if (row := _row(mechanism, arms))]
+    if not rows:
+        return "No claim has finished runs of both its arms yet."
+    return markdown.table(header, rows, "lllrrrrl") + f"\n\n{_NOTE}"
+
+
+def _row(mechanism: Mechanism, arms: dict[str, Arm]) -> list[str] | None:
+    of, form = mechanism.of, mechanism.form
+    if mechanism.arm not in arms or (mechanism.baseline and mechanism.baseline not in arms):
+        return None
+    if mechanism.baseline is None:
+        values = [value for run in arms[mechanism.arm].runs if (value := of(run)) is not None]
+        changes, reference = [value - 1 for value in values], ["-", "-"]
+    else:
+        pairs = [(of(run), of(other)) for run, other in paired(arms[mechanism.arm], arms[mechanism.baseline])]
+        pairs = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+        values, changes = [ours for ours, _ in pairs], [ours - theirs for ours, theirs in pairs]
+    if not values:
+        return None
+    interval = bootstrap_interval(changes)
+    if mechanism.baseline is not None:
+        spread = f" ({interval[0]:+z{form}} to {interval[1]:+z{form}})" if interval else ""
+        shown = f"{fmean(changes):+z{form}}{spread}"
+        reference = [f"{fmean([theirs for _, theirs in pairs]):z{form}}", shown]
+    value = f"{fmean(values):z{form}} ({min(values):z{form}} to {max(values):z{form}})"
+    names = f"{mechanism.arm}" + (f" against {mechanism.baseline}" if mechanism.baseline else "")
+    return [mechanism.claim, mechanism.figure, names, value, *reference, str(len(values)), _seen(mechanism, interval)]
+
+
+def _seen(mechanism: Mechanism, interval: tuple[float, float] | None) -> str:
+    if interval is None:
+        return "too few seeds"
+    low, high = interval
+    same = -mechanism.negligible <= low and high <= mechanism.negligible
+    direction = 1 if low > mechanism.negligible else -1 if high < -mechanism.negligible else 0
+    if mechanism.expected == 0:
+        return "yes" if same else {1: "no, higher", -1: "no, lower", 0: "unclear"}[direction]
+    if direction == 0:
+        return "no" if same else "unclear"
+    return "yes" if direction == mechanism.expected else "no, the opposite"

@@ -1,0 +1,1 @@
+"""Kills at random moments: does a run lose anything? `python tests/chaos`."""

@@ -1,0 +1,51 @@
+"""Two ranks that add numbers up; at the third sum rank 1 meets WHAT: python tests/run/one_rank_fails.py WHAT.
+
+``nothing``; ``error``: a UserError; ``disk``: a full one; ``bug``: a ValueError; ``killed``: SIGKILL; ``stuck``:
+SIGKILL, while rank 0 waits where neither gloo nor a signal reaches it, as for a GPU.
+"""
+
+import errno
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from nitp_titan import errors
+from nitp_titan.training.preemption import ends_with_others, StopSignal
+
+WHAT, RANK = sys.argv[1], int(os.environ["RANK"])
+
+
+def meet() -> None:
+    if WHAT != "nothing":
+        print(f"at {time.time()}", flush=True)
+    if WHAT == "error":
+        raise errors.UserError("part-1.jsonl, line 7: no text.")
+    if WHAT == "disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part-1.arrow")
+    if WHAT == "bug":
+        raise ValueError("a bug of rank 1")
+    if WHAT in ("killed", "stuck"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    group = dist.new_group(backend="gloo")
+    with ends_with_others(group), StopSignal(group) as stop:
+        for number in range(4):
+            assert not stop.agreed()
+            if number == 2 and RANK == 1:
+                meet()
+            if number == 2 and WHAT == "stuck":
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+                time.sleep(100)
+            dist.all_reduce(torch.ones(1))
+    print(f"rank {RANK} is done", flush=True)
+    dist.destroy_process_group()
+
+
+errors.run(main, kept="nothing")
