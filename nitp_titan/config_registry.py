@@ -7,34 +7,21 @@ A config's name is a recipe and, after ``@``, a train config, each by short name
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 
-from nitp_titan import errors
 from nitp_titan.config import recipe
-from nitp_titan.errors import exit_with, KEPT_OF_TRAINING, UserError
+from nitp_titan.errors import UserError
+from nitp_titan.machine import cpu, exits
+from nitp_titan.machine.exits import exit_with, KEPT_OF_TRAINING
+from nitp_titan.runs import structured_log
+from nitp_titan.training.trainer import load_config, NITPTrainer
 
 
-def load(name: str):
+def load(name: str) -> NITPTrainer.Config:
     """``NITPTrainer.Config`` of ``<recipe>[@<train config>]``; UserError if it is wrong."""
-    recipe_path, train_config_path = paths(name)
-
-    from nitp_titan.training import cpu
-
+    recipe_path, train_config_path = recipe.locate(name)
     cpu.install()
-    return recipe.load(recipe_path, train_config_path)
-
-
-def paths(name: str) -> tuple[Path, Path | None]:
-    """Files of ``<recipe>[@<train config>]``; a resolved recipe has no train config."""
-    recipe_name, _, train_config_name = name.partition("@")
-    recipe_path = recipe.find(recipe_name, "recipes")
-    train_config_path = None
-    if train_config_name:
-        train_config_path = recipe.find(train_config_name, "train_configs")
-    elif recipe.read_toml(recipe_path).get("resolved") is not True:
-        train_config_path = recipe.default_train_config()
-    return recipe_path, train_config_path
+    return load_config(recipe_path, train_config_path)
 
 
 def __getattr__(name: str) -> Callable:
@@ -48,17 +35,14 @@ def __getattr__(name: str) -> Callable:
             config = load(name)
         except UserError as error:
             exit_with(error)
-
-        from nitp_titan.runs import preflight
-
-        preflight.install_log()
+        structured_log.install()
         return config
 
     return build
 
 
 def _end_in_one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    errors.end(error, kept=KEPT_OF_TRAINING)
+    exits.end(error, kept=KEPT_OF_TRAINING)
     sys.__excepthook__(kind, error, traceback)
 
 

@@ -1,18 +1,27 @@
-"""Files that are there wholly or not at all. Imports no torch."""
+"""Files and folders that are there wholly or not at all, locked, hashed, set aside. Imports no torch."""
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import socket
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nitp_titan.errors import at, UserError
+
+# TorchTitan's.
+logger = logging.getLogger()
 
 WHOLE_BYTES = 8 << 20
 """`fingerprint` hashes a file up to this size whole, a larger one at its two ends: data may have terabytes in all."""
 
 _END_BYTES = 256 << 10
+
+LOCK = "run.lock"
+"""File of a folder that `hold` locks."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -78,3 +87,57 @@ def fingerprint(path: str | Path, num_bytes: int | None = None) -> str:
             file.seek(size - _END_BYTES)
             digest.update(file.read(_END_BYTES))
     return f"{size}:{digest.hexdigest()}"
+
+
+def archive(path: Path) -> Path:
+    """Rename a folder to ``<path>.1``, or the next number that is free; return the new path.
+
+    Raises:
+        UserError: with the reason, if the folder cannot be renamed.
+    """
+    archived = free_path(path)
+    try:
+        return path.rename(archived)
+    except OSError as error:
+        raise UserError(f"{path} cannot be renamed to {archived}: {error.strerror}.") from None
+
+
+# POSIX locks are released when any descriptor of the file is closed, so one is kept open per folder.
+_held: dict[Path, TextIO] = {}
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes out of a run folder, if there is one, as long as this one lives.
+
+    A torchrun that is killed leaves its ranks behind. They train on, and would write into the same checkpoints.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    path, held = folder / LOCK, _held.get(folder.resolve())
+    if not folder.is_dir() or (held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat())):
+        return
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(f"{folder} is in use: {holder} trains there. End it first.") from None
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error.strerror}): start one run there at a time.")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _held[folder.resolve()] = file
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a line, on the disk afterwards."""
+    with path.open("a+b") as file:
+        # A line that a crash cut short ends here.
+        file.seek(max(file.tell() - 1, 0))
+        cut = file.read(1) not in (b"", b"\n")
+        file.write((b"\n" if cut else b"") + text.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -15,19 +15,19 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from nitp_titan.training.preemption import STOPPED, STOPPED_FILE
+from nitp_titan.training.preemption import EXIT_PREEMPTED, PREEMPTED_FILE
 
 
 def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="nitp-titan-") as folder:
         marker = Path(folder) / "stopped"
-        os.environ[STOPPED_FILE] = str(marker)
+        os.environ[PREEMPTED_FILE] = str(marker)
         try:
             run.main(arguments)
         except (SignalException, ChildFailedError) as error:
             # torchrun has passed a signal on and waited for its workers.
             if marker.exists():
-                sys.exit(STOPPED)
+                sys.exit(EXIT_PREEMPTED)
             if isinstance(error, SignalException):
                 sys.exit(128 + error.sigval)
             # Its workers have said why; a traceback of torchrun's own would be the last that is read.

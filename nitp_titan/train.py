@@ -16,12 +16,12 @@ import sys
 import textwrap
 from functools import wraps
 
-from nitp_titan import config_registry, errors
 from nitp_titan.config import recipe
-from nitp_titan.config.constraints import OPTIMIZER_RANGES
-from nitp_titan.config.sections import NITPConfig
-from nitp_titan.errors import KEPT_OF_TRAINING, UserError
-from nitp_titan.training import quiet
+from nitp_titan.config.constraints import OPTIMIZER_CONSTRAINTS
+from nitp_titan.errors import UserError
+from nitp_titan.machine import exits, quiet
+from nitp_titan.machine.exits import KEPT_OF_TRAINING
+from nitp_titan.objectives.settings import NITPConfig
 
 # [optimizer] lr of a recipe is this flag of TorchTitan.
 _OPTIMIZER_FLAG = re.compile(r"--optimizer\.([\w-]+)(?=$|=)")
@@ -114,7 +114,7 @@ def titan_arguments(argv: list[str]) -> list[str]:
 
 def _titan_flag(flag: re.Match) -> str:
     name = flag[1].replace("-", "_")
-    return f"{_TITAN_FLAG}{name}" if name in OPTIMIZER_RANGES else flag[0]
+    return f"{_TITAN_FLAG}{name}" if name in OPTIMIZER_CONSTRAINTS else flag[0]
 
 
 def _located(error: UserError, arguments: list[str]) -> UserError:
@@ -123,8 +123,8 @@ def _located(error: UserError, arguments: list[str]) -> UserError:
     section = error.table or error.key
     if section is None or any(flag == section or flag.startswith(f"{section}.") for flag in flags):
         return error
-    settings = recipe.read_settings(*config_registry.paths(arguments[3]))
-    return UserError(settings.place(error.table, error.key) + str(error))
+    settings = recipe.read_settings(*recipe.locate(arguments[3]))
+    return UserError(settings.location(error.table, error.key) + str(error))
 
 
 def check_groups(argv: list[str], name: str) -> None:
@@ -132,7 +132,7 @@ def check_groups(argv: list[str], name: str) -> None:
     flags = [flag for flag in argv if (found := _OPTIMIZER_FLAG.match(flag)) and _titan_flag(found) != found[0]]
     if not flags:
         return
-    groups = recipe.read_settings(*config_registry.paths(name)).tables.get("optimizer", {}).get("param_groups", [])
+    groups = recipe.read_settings(*recipe.locate(name)).tables.get("optimizer", {}).get("param_groups", [])
     if isinstance(groups, list) and len(groups) > 1:
         flag = flags[0].partition("=")[0]
         first = _OPTIMIZER_FLAG.sub(_titan_flag, flag)
@@ -228,9 +228,9 @@ def _without_box(text: str) -> str:
 def main() -> None:
     if {"-h", "--help"} & {*sys.argv[1:]}:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            errors.run(lambda: print(help_text(), end=""), kept="nothing was begun.")
+            exits.run(lambda: print(help_text(), end=""), kept="nothing was begun.")
         return
-    errors.run(_train, kept=KEPT_OF_TRAINING)
+    exits.run(_train, kept=KEPT_OF_TRAINING)
 
 
 def _train() -> None:

@@ -9,12 +9,12 @@ sys.path.insert(0, _PROJECT)
 # Of the processes that it starts, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_PROJECT, os.environ.get("PYTHONPATH")]))
 
-from nitp_titan import errors  # noqa: E402
+from nitp_titan.machine import exits  # noqa: E402
 
 
 def _end_in_one_line(kind, error, traceback) -> None:
-    """As `errors.run`, while the script still imports what it needs."""
-    errors.end(error, kept="nothing was begun.")
+    """As `exits.run`, while the script still imports what it needs."""
+    exits.end(error, kept="nothing was begun.")
     sys.__excepthook__(kind, error, traceback)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors
 from nitp_titan.errors import UserError
+from nitp_titan.machine import exits
 from nitp_titan.report.page import markdown_table, Report
 from nitp_titan.report.runs import read_arms
 
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="nothing was written, or not all of it; the same command starts again.")
+    exits.run(main, kept="nothing was written, or not all of it; the same command starts again.")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors
 from nitp_titan.data.hub import describe, download_tokenizer, TOKENIZERS
+from nitp_titan.machine import exits
 
 
 def main() -> None:
@@ -30,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="finished tokenizers are kept; the same command goes on.")
+    exits.run(main, kept="finished tokenizers are kept; the same command goes on.")

@@ -15,20 +15,16 @@ from pathlib import Path
 import _checkout  # noqa: F401
 import torch
 
-from nitp_titan import errors
-from nitp_titan.errors import nearest, UserError
+from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.evaluation import embeddings, harness, perplexity
 from nitp_titan.evaluation.local_suite import DEFAULT_FOLDER
 from nitp_titan.evaluation.plan import Plan
-from nitp_titan.evaluation.pretrained import (
-    DTYPES,
-    read_models,
-    require,
-    SPREAD,
-)
+from nitp_titan.evaluation.pretrained import read_models, require, SPREAD
 from nitp_titan.evaluation.run import evaluate, Settings
 from nitp_titan.evaluation.suites import SUITES
 from nitp_titan.evaluation.tables import Comparison
+from nitp_titan.export.dtypes import DTYPES
+from nitp_titan.machine import exits
 
 
 def main() -> None:
@@ -76,7 +72,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
     dtype = arguments.dtype or ("bfloat16" if torch.cuda.is_available() and device != "cpu" else "float32")
     if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is not known.{nearest(dtype, [*DTYPES])}")
+        raise UserError(f"--dtype {dtype} is not known.{nearest_choice(dtype, [*DTYPES])}")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: at least 1.")
     return Settings(arguments.out, dtype, device, arguments.batch_size)
@@ -87,7 +83,7 @@ def _plan(arguments: argparse.Namespace, models: list) -> Plan:
     if suite is None and arguments.text is None:
         raise UserError(f"nothing to evaluate: give --suite ({', '.join(SUITES)}) or --text FILE.jsonl, or both.")
     if suite is not None and suite not in SUITES:
-        raise UserError(f"--suite {suite} is not known.{nearest(suite, [*SUITES])}")
+        raise UserError(f"--suite {suite} is not known.{nearest_choice(suite, [*SUITES])}")
     if limit is not None and (limit < 1 or suite in (None, "mteb")):
         raise UserError(f"--limit {limit}: at least 1, and for the suites of the harness only; MTEB has no limit.")
     if arguments.tasks and suite is None:
@@ -105,4 +101,4 @@ def _plan(arguments: argparse.Namespace, models: list) -> Plan:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="finished tasks are kept; the same command goes on.")
+    exits.run(main, kept="finished tasks are kept; the same command goes on.")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors
-from nitp_titan.evaluation.pretrained import DTYPES
+from nitp_titan.export.dtypes import DTYPES
+from nitp_titan.machine import exits
 
 
 def main() -> None:
@@ -27,14 +27,20 @@ def main() -> None:
     arguments = parser.parse_args()
     # Imported once the arguments are right: TorchTitan takes seconds.
     logging.disable(logging.WARNING)
-    from nitp_titan.checkpoint.stored import Checkpoint
+    from nitp_titan.checkpoint.stored import Checkpoint, RESOLVED
     from nitp_titan.export.export import Export
-    from nitp_titan.training import cpu
+    from nitp_titan.machine import cpu
+    from nitp_titan.training.trainer import load_config
 
     cpu.install()
     checkpoint = Checkpoint(arguments.checkpoint)
+    config = load_config(checkpoint.run_folder / RESOLVED, None)
     export = Export(
-        checkpoint, dtype=arguments.dtype, tokenizer=arguments.tokenizer, max_shard_size=arguments.max_shard_size
+        checkpoint,
+        config,
+        dtype=arguments.dtype,
+        tokenizer=arguments.tokenizer,
+        max_shard_size=arguments.max_shard_size,
     )
     print(f"{checkpoint.folder}: {export.architecture}, {arguments.dtype}", flush=True)
     done = export.write(arguments.out, say=lambda line: print(line, flush=True))
@@ -45,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="nothing was written; the same command starts again.")
+    exits.run(main, kept="nothing was written; the same command starts again.")

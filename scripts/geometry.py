@@ -14,7 +14,6 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors
 from nitp_titan.evaluation.geometry import (
     check,
     probe,
@@ -22,6 +21,7 @@ from nitp_titan.evaluation.geometry import (
     Settings,
 )
 from nitp_titan.evaluation.pretrained import read_models
+from nitp_titan.machine import exits
 from nitp_titan.report.folder import check_writable
 from nitp_titan.report.pretrained_geometry import as_json, tables, write
 
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="nothing was written; the same command starts again.")
+    exits.run(main, kept="nothing was written; the same command starts again.")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation.local_suite import DEFAULT_FOLDER, DEFAULT_TEXT, prepare
+from nitp_titan.machine import exits
 
 
 def main() -> None:
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="nothing was written; the same command starts again.")
+    exits.run(main, kept="nothing was written; the same command starts again.")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors
 from nitp_titan.cli.launch import Arm
 from nitp_titan.config import recipe
 from nitp_titan.data.assets import prepare_stdlib_assets
+from nitp_titan.machine import exits
 from nitp_titan.report.page import markdown_table, Report
 from nitp_titan.report.runs import read_arms
 
@@ -74,4 +74,4 @@ def _say(arm: str, line: str) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="runs keep what they have saved; the same command goes on.")
+    exits.run(main, kept="runs keep what they have saved; the same command goes on.")

@@ -18,9 +18,10 @@ import sys
 import _checkout  # noqa: F401
 import tomli_w
 
-from nitp_titan import errors
 from nitp_titan.cli import catalog
 from nitp_titan.config import recipe
+from nitp_titan.machine import exits
+from nitp_titan.training.trainer import load_config
 
 
 def list_recipes(arguments: argparse.Namespace) -> None:
@@ -40,7 +41,7 @@ def show(arguments: argparse.Namespace) -> None:
     else:
         from nitp_titan.config import build
 
-        tables = build.to_tables(recipe.load(path, recipe.find(arguments.train_config, "train_configs")))
+        tables = build.tables_of(load_config(path, recipe.find(arguments.train_config, "train_configs")))
     print(json.dumps(tables, indent=2) if arguments.json else tomli_w.dumps(tables), end="")
 
 
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="nothing was written.")
+    exits.run(main, kept="nothing was written.")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.errors import UserError
+from nitp_titan.machine import exits
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="finished shards are kept; the same command goes on.")
+    exits.run(main, kept="finished shards are kept; the same command goes on.")

@@ -82,11 +82,11 @@ def files(tmp_path):
     """Write a recipe and a train config with a text replaced, and load them."""
     from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 
-    from nitp_titan.config import recipe
+    from nitp_titan.training.trainer import load_config
 
     def load(old="", new="", *, train_config=(GOOD_TRAIN_CONFIG, ""), extra=""):
         (tmp_path / "recipe.toml").write_text(GOOD_RECIPE.replace(old, new) + extra)
         (tmp_path / "machine.toml").write_text("".join(train_config))
-        return recipe.load(tmp_path / "recipe.toml", tmp_path / "machine.toml")
+        return load_config(tmp_path / "recipe.toml", tmp_path / "machine.toml")
 
     return load

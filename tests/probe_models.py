@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nitp_titan.evaluation.hidden_states import HIDDEN
+from nitp_titan.objectives.sites import HIDDEN
 
 DIM, LAYERS, VOCABULARY = 32, 3, 4160
 SIZES = {

@@ -50,7 +50,9 @@ def write_run(folder: Path, *, nitp=None, seed: int = 1, steps: int = 100, bette
         for step in measured
     ]
     _write(folder / "geometry.jsonl", geometry)
-    _write(folder / "probe.jsonl", [{"step": step, "hidden": _state(9 + better, 0.2)} for step in measured])
+    _write(
+        folder / "validation_geometry.jsonl", [{"step": step, "hidden": _state(9 + better, 0.2)} for step in measured]
+    )
     _write(folder / "validation.jsonl", [{"step": s, "ntp_loss": 7.9 - s / 50 - better} for s in measured])
     tables = SETTINGS | {name: {**SETTINGS.get(name, {}), **table} for name, table in settings.items()}
     tables["debug"] = {"seed": seed}

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process, for what needs no process group but an agreement."""
+"""Ranks as threads of one process, for what needs no process group but an ranks."""
 
 import threading
 from collections.abc import Callable

@@ -26,7 +26,7 @@ def test_a_script_takes_its_checkout_and_ends_as_a_command(script):
     (checkout,) = [index for index, line in enumerate(imports) if line.startswith("import _checkout")]
     before = {line.split()[1].partition(".")[0] for line in imports[:checkout]}
     assert before <= sys.stdlib_module_names
-    assert text.rstrip().splitlines()[-2:][0] == 'if __name__ == "__main__":' and "errors.run(main, kept=" in text
+    assert text.rstrip().splitlines()[-2:][0] == 'if __name__ == "__main__":' and "exits.run(main, kept=" in text
     assert "exit_with" not in text and "except UserError" not in text
 
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from nitp_titan.config.recipe import PROJECT
-from nitp_titan.config.sections import NITPConfig
 from nitp_titan.errors import UserError
-from nitp_titan.metrics_file import read_records
+from nitp_titan.objectives.settings import NITPConfig
+from nitp_titan.step_files import read_records
 from nitp_titan.train import check_groups, titan_arguments
 
 FLAGS = ["--training.steps", "2", "--metrics.log_freq", "1", "--checkpoint.no-enable", "--nitp.weight", "0.8"]

@@ -13,15 +13,10 @@ from processes import PROJECT
 from torch import OutOfMemoryError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nitp_titan.errors import (
-    at,
-    chain,
-    end,
-    lost_rank,
-    surroundings,
-    UserError,
-)
+from nitp_titan.errors import at, UserError
 from nitp_titan.files import read_own
+from nitp_titan.machine.exits import end
+from nitp_titan.machine.failures import chain, lost_rank, surroundings
 
 
 def _os_error(number, file=None):
@@ -126,7 +121,7 @@ def test_who_lost_a_neighbour_is_told_from_who_fails():
 COMMAND = """
 import os, resource, signal, sys
 from pathlib import Path
-from nitp_titan import errors
+from nitp_titan.machine import exits
 from nitp_titan.files import write_atomically
 
 def main():
@@ -144,7 +139,7 @@ def main():
     if sys.argv[1] == "bug":
         raise KeyError("x")
 
-errors.run(main, kept="finished tasks; the same command goes on", place="outputs")
+exits.run(main, kept="finished tasks; the same command goes on", place="outputs")
 """
 
 

@@ -11,8 +11,8 @@ from helpers import gradient_norms, make_config, parameters
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 
 from nitp_titan.errors import UserError
-from nitp_titan.metrics_file import read_records
-from nitp_titan.training.cpu import DENSE_ATTENTION
+from nitp_titan.machine.cpu import DENSE_ATTENTION
+from nitp_titan.step_files import read_records
 
 # TorchTitan's CUDA graphs are captured after warm-up steps; these go on beyond them.
 STEPS = 6

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from nitp_titan.config.recipe import PROJECT
-from nitp_titan.metrics_file import read_records
 from nitp_titan.runs.run_folder import read_starts
+from nitp_titan.step_files import read_records
 
 SCONTROL = "#!/bin/sh\nprintf 'localhost\\nelsewhere\\n'\n"
 # As srun does, start the command once per node; its own options come first.

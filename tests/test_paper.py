@@ -8,6 +8,7 @@ import pytest
 from nitp_titan.cli import catalog
 from nitp_titan.config import recipe
 from nitp_titan.sizing import meta_check
+from nitp_titan.training.trainer import load_config
 
 # Typed from the paper (Table 4, App. C): learning rate, sequences per batch, tokens / 1e9, hidden dim, layers,
 # head dim, query heads, KV heads, routed experts, shared experts, top-k, dense FFN, expert FFN, target layer, weight.
@@ -61,7 +62,7 @@ ABLATIONS = {
 
 @functools.cache
 def _config(name):
-    return recipe.load(recipe.find(name, "recipes"), recipe.find(catalog.machines_for(name)[0], "train_configs"))
+    return load_config(recipe.find(name, "recipes"), recipe.find(catalog.machines_for(name)[0], "train_configs"))
 
 
 @functools.cache

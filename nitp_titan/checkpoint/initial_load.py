@@ -15,10 +15,10 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 
 from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.errors import nearest, UserError
+from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.models import hf_config
 from nitp_titan.models.hf_defaults import completed
-from nitp_titan.objectives.adapter import PROJECTOR_PREFIX
+from nitp_titan.objectives.export import TRAINING_PREFIX
 
 # Of a Hugging Face model, what a model here computes by itself.
 _COMPUTED = ("rotary_emb.inv_freq",)
@@ -67,7 +67,7 @@ def _message(source: Path, loaded: int, states: str, new: Sequence[str], unused:
 
 
 def _check_native(checkpoint: Checkpoint, config, tensors: dict[str, Tensor]) -> str:
-    projector = [name for name in tensors if name.startswith(PROJECTOR_PREFIX)]
+    projector = [name for name in tensors if name.startswith(TRAINING_PREFIX)]
     new = [] if any(name in checkpoint.tensors for name in projector) else projector
     checkpoint.check_model({name: tensor for name, tensor in tensors.items() if name not in new})
     unused = [name for name in checkpoint.tensors if name not in tensors]
@@ -110,7 +110,7 @@ def _check_hf(folder: Path, settings: dict[str, Any], spec: ModelSpec, tensors: 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         siblings = [str(other) for other in folder.parent.glob("*")] if folder.parent.is_dir() else []
-        raise UserError(f"{folder} is not a folder.{nearest(str(folder), siblings)}")
+        raise UserError(f"{folder} is not a folder.{nearest_choice(str(folder), siblings)}")
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict):

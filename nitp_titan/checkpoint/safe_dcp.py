@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torchtitan.tools.filesystem import is_remote
 
-from nitp_titan.errors import explained, UserError
+from nitp_titan.errors import UserError
+from nitp_titan.machine.failures import explained
 
 _CAN_RUN_CODE = "a checkpoint of this kind can run code and is not read"
 

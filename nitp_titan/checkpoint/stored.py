@@ -12,11 +12,12 @@ from torchtitan.tools.filesystem import is_remote
 
 from nitp_titan.checkpoint import safe_dcp
 from nitp_titan.checkpoint.steps import complete_steps, METADATA
-from nitp_titan.config import recipe
-from nitp_titan.errors import nearest, UserError
-from nitp_titan.objectives.adapter import PROJECTOR_PREFIX
+from nitp_titan.errors import nearest_choice, UserError
+from nitp_titan.objectives.export import TRAINING_PREFIX
 
-_RESOLVED = "resolved.toml"
+RESOLVED = "resolved.toml"
+"""The recipe of a run, in its folder."""
+
 # What a trainer saves beside its model, each name before a dot.
 _OTHER_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 
@@ -68,17 +69,13 @@ class Checkpoint:
     def run_folder(self) -> Path:
         """The nearest folder above that has the run's resolved recipe; UserError without one."""
         for folder in self.folder.resolve().parents:
-            if (folder / _RESOLVED).is_file():
+            if (folder / RESOLVED).is_file():
                 return folder
-        raise UserError(f"no folder above {self.folder} holds {_RESOLVED}, which says what model the checkpoint is of.")
-
-    def config(self):
-        """The ``NITPTrainer.Config`` of the run."""
-        return recipe.load(self.run_folder / _RESOLVED, None)
+        raise UserError(f"no folder above {self.folder} holds {RESOLVED}, which says what model the checkpoint is of.")
 
     def check_model(self, tensors: dict[str, Tensor]) -> None:
         """Raise UserError unless the checkpoint holds just these tensors of a model, and perhaps a projector."""
-        surplus = [name for name in self.tensors if name not in tensors and not name.startswith(PROJECTOR_PREFIX)]
+        surplus = [name for name in self.tensors if name not in tensors and not name.startswith(TRAINING_PREFIX)]
         if surplus:
             raise UserError(f"{self.folder} has a tensor '{surplus[0]}', for which the model has no place.")
         for name, tensor in tensors.items():
@@ -106,7 +103,7 @@ def _step_folder(path: Path) -> Path:
     """The folder of one step that a path names."""
     if not path.is_dir():
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise UserError(f"{path} is not a folder.{nearest(str(path), siblings)}")
+        raise UserError(f"{path} is not a folder.{nearest_choice(str(path), siblings)}")
     if (path / METADATA).is_file():
         return path
     if any(path.glob("*.distcp")):

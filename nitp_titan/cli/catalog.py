@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nitp_titan.config import recipe
-from nitp_titan.config.sections import NITPConfig
 from nitp_titan.errors import UserError
+from nitp_titan.objectives.settings import NITPConfig
 
 _LABEL = re.compile(r"# (Source|Run|Cost|Expect): +(.*)")
 LABELS = ("Source", "Run", "Cost", "Expect")
@@ -76,7 +76,7 @@ def objective(nitp: dict[str, Any]) -> str:
 
 
 def machines_for(name: str) -> list[str]:
-    """Train configs that say they are meant for a recipe (``[machine] recipes``)."""
+    """Train configs that say they are meant for a recipe (``[machine] intended_recipes``)."""
     return [
         train_config
         for train_config in recipe.available("train_configs")
@@ -86,7 +86,7 @@ def machines_for(name: str) -> list[str]:
 
 def _patterns(train_config: str) -> list[str]:
     machine = recipe.read_toml(recipe.find(train_config, "train_configs")).get("machine", {})
-    return machine.get("recipes", [])
+    return machine.get("intended_recipes", [])
 
 
 def difference(left: dict[str, Any], right: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -122,7 +122,7 @@ def pairs(name: str | None, train_config: str | None) -> list[tuple[Path, Path]]
         machines = [train_config] if train_config else machines_for(_short_name(path))
         if not machines:
             raise UserError(
-                f"{path}: no train config is meant for it ([machine] recipes); name one: "
+                f"{path}: no train config is meant for it ([machine] intended_recipes); name one: "
                 f"{', '.join(recipe.available('train_configs'))}."
             )
         found += [(path, recipe.find(machine, "train_configs")) for machine in machines]

@@ -1,7 +1,4 @@
-"""What a setting may be beyond its type; asked of every ``Trainer.Config``, whether a file or a flag has set it.
-
-Imports no torch: flags are read without it.
-"""
+"""Value constraints beyond types, checked for every ``Trainer.Config`` however it was set."""
 
 import dataclasses
 import inspect
@@ -10,14 +7,18 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from nitp_titan.errors import nearest, shown, UserError
+from torch import optim
+from torch._dynamo import list_backends
+
+from nitp_titan.config.schedules import BASE_SCHEDULES, SCHEDULES
+from nitp_titan.errors import invalid, nearest_choice, UserError
 
 # What an int32 of TorchTitan's or torch's still holds; a seed may be any of torch's.
 _LARGEST, _LARGEST_SEED = 2**31 - 1, 2**63 - 1
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
-class Range(NamedTuple):
+class Constraint(NamedTuple):
     """A condition, what to say where it does not hold, and the valid choices where they can be listed."""
 
     holds: Callable[[Any], bool]
@@ -25,45 +26,39 @@ class Range(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
-def _at_least(limit: float) -> Range:
-    return Range(lambda value: value >= limit, f"at least {limit}")
+def _at_least(limit: float) -> Constraint:
+    return Constraint(lambda value: value >= limit, f"at least {limit}")
 
 
-def _one_of(*choices: str) -> Range:
-    return Range(lambda value: value in choices, f"one of {', '.join(map(repr, choices))}", choices)
+def _one_of(*choices: str) -> Constraint:
+    return Constraint(lambda value: value in choices, f"one of {', '.join(map(repr, choices))}", choices)
 
 
-def _list_of(*choices: str) -> Range:
+def _list_of(*choices: str) -> Constraint:
     allowed = f"a list of {', '.join(map(repr, choices))}"
-    return Range(lambda values: all(value in choices for value in values), allowed, choices)
+    return Constraint(lambda values: all(value in choices for value in values), allowed, choices)
 
 
 def _is_backend(name: str) -> bool:
-    from torch._dynamo import list_backends
-
     return name == "inductor" or name in list_backends(exclude_tags=())
 
 
-_POSITIVE = Range(lambda value: value > 0, "above 0")
-_FRACTION = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
+_POSITIVE = Constraint(lambda value: value > 0, "above 0")
+_FRACTION = Constraint(lambda value: 0 <= value <= 1, "between 0 and 1")
 _FROM_0, _FROM_1 = _at_least(0), _at_least(1)
-_ALL_OR_FROM_1 = Range(lambda value: value == -1 or value >= 1, "at least 1, or -1")
-_FILE = Range(lambda value: value == "" or os.path.isfile(value), "the path of a file")
+_ALL_OR_FROM_1 = Constraint(lambda value: value == -1 or value >= 1, "at least 1, or -1")
+_FILE = Constraint(lambda value: value == "" or os.path.isfile(value), "the path of a file")
 
-# The keys of torch's `get_schedule_class`, without its base classes.
-_SCHEDULES = ("1F1B", "Interleaved1F1B", "GPipe", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-# Base classes, for a schedule that a CSV file spells out.
-_SCHEDULES_OF_CSV = ("PipelineScheduleSingle", "PipelineScheduleMulti", "_PipelineScheduleRuntime")
 _LOADER = {"num_streams": _FROM_1, "seed": _FROM_0, "num_workers": _FROM_0, "prefetch_factor": _FROM_1}
 
-# Ranges that TorchTitan leaves to chance or to an assertion while it trains, by table and key. None is always allowed.
-RANGES: dict[str, dict[str, Range]] = {
+# Constraints that TorchTitan leaves to chance or to an assertion while it trains, by table and key. None is always allowed.
+CONSTRAINTS: dict[str, dict[str, Constraint]] = {
     "training": {
         "seq_len": _at_least(2),
         "steps": _FROM_1,
         "max_norm": _POSITIVE,
         "local_batch_size": _FROM_1,
-        "global_batch_size": Range(_ALL_OR_FROM_1.holds, "at least 1"),
+        "global_batch_size": Constraint(_ALL_OR_FROM_1.holds, "at least 1"),
         "gc_freq": _FROM_1,
     },
     "lr_scheduler": {
@@ -80,15 +75,17 @@ RANGES: dict[str, dict[str, Range]] = {
     "debug": {"seed": _FROM_0},
     "machine": {
         "num_ranks": _FROM_1,
-        "device_memory_gib": Range(lambda value: 0 < value < 1e6, "above 0, below a million"),
+        "device_memory_gib": Constraint(lambda value: 0 < value < 1e6, "above 0, below a million"),
     },
     "checkpoint": {
-        "load_step": Range(lambda value: value >= -1, "a step, or -1 for the latest"),
+        "load_step": Constraint(lambda value: value >= -1, "a step, or -1 for the latest"),
         "exclude_from_loading": _list_of("optimizer", "lr_scheduler", "dataloader", "train_state"),
     },
     "compile": {
         "components": _list_of("model", "loss"),
-        "backend": Range(_is_backend, "a backend of torch.compile", ("inductor", "eager", "aot_eager", "cudagraphs")),
+        "backend": Constraint(
+            _is_backend, "a backend of torch.compile", ("inductor", "eager", "aot_eager", "cudagraphs")
+        ),
     },
     "activation_checkpoint": {"determinism_check": _one_of("default", "none"), "memory_budget": _FRACTION},
     "comm": {"init_timeout_seconds": _FROM_1, "train_timeout_seconds": _FROM_1, "trace_buf_size": _FROM_0},
@@ -112,36 +109,36 @@ RANGES: dict[str, dict[str, Range]] = {
         "pipeline_parallel_first_stage_less_layers": _FROM_0,
         "pipeline_parallel_last_stage_less_layers": _FROM_0,
         "pipeline_parallel_layers_per_stage": _FROM_1,
-        "pipeline_parallel_schedule": Range(_one_of(*_SCHEDULES, *_SCHEDULES_OF_CSV).holds, *_one_of(*_SCHEDULES)[1:]),
+        "pipeline_parallel_schedule": Constraint(_one_of(*SCHEDULES, *BASE_SCHEDULES).holds, *_one_of(*SCHEDULES)[1:]),
         "pipeline_parallel_schedule_csv": _FILE,
         "context_parallel_load_balancer": _one_of("headtail", "ptrr", "none"),
     },
 }
 
-OPTIMIZER_RANGES = {
+OPTIMIZER_CONSTRAINTS = {
     "lr": _POSITIVE,
     "weight_decay": _FROM_0,
     "eps": _POSITIVE,
-    "betas": Range(
+    "betas": Constraint(
         lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1"
     ),
 }
 
 
-def check_ranges(config) -> None:
+def check_constraints(config) -> None:
     """Raise UserError for a setting of a ``Trainer.Config`` outside its range."""
     for table, key, value, default in _settings(config, ""):
         for entry in value if isinstance(value, (list, tuple)) else [value]:
             _check_value(entry, table, key, default)
-        if value is not None and key in RANGES.get(table, {}):
-            _check(RANGES[table][key], value, table, key)
+        if value is not None and key in CONSTRAINTS.get(table, {}):
+            _check(CONSTRAINTS[table][key], value, table, key)
     schedule, steps = config.lr_scheduler.total_steps, config.training.steps
     if schedule is not None and schedule < steps:
         allowed = f"at least [training] steps = {steps}: after its end the schedule's learning rates are below 0"
-        _refuse("lr_scheduler", "total_steps", schedule, allowed)
+        raise invalid("lr_scheduler", "total_steps", schedule, allowed)
     profiler = config.profiler
     if profiler.profile_freq < profiler.profiler_warmup + profiler.profiler_active:
-        _refuse("profiler", "profile_freq", profiler.profile_freq, "at least profiler_warmup + profiler_active")
+        raise invalid("profiler", "profile_freq", profiler.profile_freq, "at least profiler_warmup + profiler_active")
     _check_optimizer(config.optimizer)
 
 
@@ -158,26 +155,26 @@ def _settings(section: Any, table: str) -> Iterator[tuple[str, str, Any, Any]]:
 
 
 def _check_value(value: Any, table: str, key: str, default: Any) -> None:
-    """What holds for all numbers and texts."""
+    """Constraints of all numbers and texts."""
     if isinstance(value, bool):
         return
     if isinstance(value, int):
         limit = _LARGEST_SEED if key == "seed" else _LARGEST
         if abs(value) > limit:
-            _refuse(table, key, value, f"an integer of at most {limit:_}")
+            raise invalid(table, key, value, f"an integer of at most {limit:_}")
     elif isinstance(value, float):
         if not abs(value) <= _LARGEST_FLOAT32:
-            _refuse(table, key, value, f"a finite number of at most {_LARGEST_FLOAT32:.2g}")
+            raise invalid(table, key, value, f"a finite number of at most {_LARGEST_FLOAT32:.2g}")
     elif isinstance(value, str):
         if not value.strip() and value != default:
-            _refuse(table, key, value, "a text that is not empty")
+            raise invalid(table, key, value, "a text that is not empty")
         if any(ord(character) < 32 for character in value):
-            _refuse(table, key, value, "a text without control characters")
+            raise invalid(table, key, value, "a text without control characters")
 
 
 def _check_optimizer(optimizer) -> None:
     if not optimizer.param_groups:
-        _refuse("optimizer", "param_groups", [], "a list of at least one group")
+        raise invalid("optimizer", "param_groups", [], "a list of at least one group")
     for group in optimizer.param_groups:
         # Others need settings that are Python objects.
         factories = optimizer.optimizer_factory_kwargs_by_name
@@ -185,44 +182,34 @@ def _check_optimizer(optimizer) -> None:
         try:
             re.compile(group.pattern)
         except re.error as error:
-            _refuse("optimizer", "pattern", group.pattern, f"a regular expression ({error})")
+            raise invalid("optimizer", "pattern", group.pattern, f"a regular expression ({error})") from None
         known = _kwargs(group.optimizer_name)
         for key, value in group.optimizer_kwargs.items():
             if known and key not in known:
                 raise UserError(
-                    f"[optimizer] {group.optimizer_name} has no setting '{key}'.{nearest(key, known)}",
+                    f"[optimizer] {group.optimizer_name} has no setting '{key}'.{nearest_choice(key, known)}",
                     table="optimizer",
                     key="param_groups",
                 )
             _check_value(value, "optimizer", key, None)
-            if key in OPTIMIZER_RANGES and value is not None:
-                _check_kwarg(OPTIMIZER_RANGES[key], value, key)
+            if key in OPTIMIZER_CONSTRAINTS and value is not None:
+                _check_kwarg(OPTIMIZER_CONSTRAINTS[key], value, key)
 
 
 def _kwargs(optimizer: str) -> list[str]:
     """Settings of torch's optimizer of this name; none for TorchTitan's own."""
-    from torch import optim
-
     found = getattr(optim, optimizer, None)
     return [name for name in inspect.signature(found).parameters if name != "params"] if found else []
 
 
-def _check_kwarg(allowed: Range, value: Any, key: str) -> None:
+def _check_kwarg(allowed: Constraint, value: Any, key: str) -> None:
     """As `_check`, for what has no type: TorchTitan passes it to torch's optimizer as it is."""
     numbers = value if isinstance(value, (list, tuple)) else [value]
     if isinstance(value, (list, tuple)) != (key == "betas") or not all(type(n) in (int, float) for n in numbers):
-        _refuse("optimizer", key, value, allowed.allowed)
+        raise invalid("optimizer", key, value, allowed.allowed)
     _check(allowed, value, "optimizer", key)
 
 
-def _check(allowed: Range, value: Any, table: str, key: str) -> None:
+def _check(allowed: Constraint, value: Any, table: str, key: str) -> None:
     if not allowed.holds(value):
-        _refuse(table, key, value, allowed.allowed, allowed.choices)
-
-
-def _refuse(table: str, key: str, value: Any, allowed: str, choices: tuple[str, ...] = ()) -> None:
-    words = [word for word in (value if isinstance(value, list) else [value]) if word not in choices]
-    suggestion = nearest(str(words[0]), list(choices)) if words and choices else ""
-    suggestion = suggestion if "Did you mean" in suggestion else ""
-    place = f"[{table}] {key}" if table else key
-    raise UserError(f"{place} = {shown(value)}, but it must be {allowed}.{suggestion}", table=table, key=key)
+        raise invalid(table, key, value, allowed.allowed, allowed.choices)

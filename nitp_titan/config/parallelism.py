@@ -7,15 +7,14 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part, _get_pipeline_metadata
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
+from nitp_titan.config.schedules import V_SHAPED
 from nitp_titan.errors import UserError
 
 # FlexAttention's mask works on blocks of so many positions.
 _MASK_BLOCK = 128
-# Pipeline schedules whose first and last stage are on one rank.
-_V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 
 
-def check_layout(config, world_size: int) -> None:
+def check_parallelism(config, world_size: int) -> None:
     """Raise UserError, with the reason, unless a ``Trainer.Config`` fits its model and ``world_size`` ranks."""
     _check_ranks(config.parallelism, world_size)
     _check_batch(config, world_size)
@@ -146,7 +145,7 @@ def _check_stages(config) -> None:
             f"{size} in microbatches of {microbatch} is too few for the {stages} stages of schedule 1F1B; choose "
             f"{stages * microbatch} or more.",
         )
-    if config.validator.enable and parallelism.pipeline_parallel_schedule in _V_SHAPED:
+    if config.validator.enable and parallelism.pipeline_parallel_schedule in V_SHAPED:
         _refuse(
             "validator",
             "enable",

@@ -6,18 +6,15 @@ to exactly one of the two. Imports torch only when a config is built.
 
 import dataclasses
 import difflib
-import json
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tomli
-import tomli_w
 
-from nitp_titan.errors import nearest, shown, UserError
-from nitp_titan.files import write_atomically
+from nitp_titan.config.tables import entries
+from nitp_titan.errors import nearest_choice, short_repr, UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
 _MAX_BYTES = 1_000_000
@@ -33,7 +30,7 @@ RECIPE_KEYS: dict[str, set[str] | None] = {
     "training": {"seq_len", "global_batch_size", "steps", "max_norm"},
     # The order of the sequences. Where the text is belongs to a train config.
     "dataloader": {"num_streams", "seed", "shuffle"},
-    "guard": None,
+    "bad_steps": None,
     "debug": {"seed"},
 }
 # Looked for in the working directory, then in the project.
@@ -61,15 +58,15 @@ class Settings:
 
     def add(self, table: str, key: str, value: Any, origin: Path) -> None:
         if not table and key in RECIPE_KEYS:
-            raise UserError(f"{origin}: [{key}] must be a table, not {shown(value)}.")
+            raise UserError(f"{origin}: [{key}] must be a table, not {short_repr(value)}.")
         self.tables.setdefault(table, {})[key] = value
         self.origins[table, key] = origin
 
-    def place(self, table: str | None, key: str | None = None) -> str:
+    def location(self, table: str | None, key: str | None = None) -> str:
         """``"file: "`` of a setting, or of its table, or nothing where no file set it."""
         top, _, nested = (table or "").partition(".")
         if nested:
-            return self.place(top, nested.partition(".")[0])
+            return self.location(top, nested.partition(".")[0])
         if (table, key) in self.origins:
             return f"{self.origins[table, key]}: "
         # A recipe does not set the keys of a train config, nor the other way round.
@@ -87,7 +84,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomli.loads(_read_file(path).decode("utf-8"))
     except FileNotFoundError:
         siblings = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise UserError(f"{path} does not exist.{nearest(str(path), siblings)}") from None
+        raise UserError(f"{path} does not exist.{nearest_choice(str(path), siblings)}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
@@ -114,18 +111,9 @@ def is_recipe_key(table: str, key: str) -> bool:
     return table in RECIPE_KEYS and (RECIPE_KEYS[table] is None or key in RECIPE_KEYS[table])
 
 
-def entries(data: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(table, key, value) of a parsed file."""
-    for name, content in data.items():
-        if isinstance(content, dict):
-            yield from ((name, key, value) for key, value in content.items())
-        else:
-            yield "", name, content
-
-
 def _check_base(path: Path, base: Any) -> None:
     """Raise UserError unless ``base`` is a recipe near ``path``: nobody's recipe reads files from anywhere."""
-    place = f"{path}: extends = {shown(base)}"
+    place = f"{path}: extends = {short_repr(base)}"
     if not isinstance(base, str) or not base.endswith(".toml") or "\0" in base or Path(base).is_absolute():
         raise UserError(f"{place}, but it must be the path of a recipe (.toml), from this one's folder.")
     try:
@@ -145,7 +133,7 @@ def _read_into(settings: Settings, path: Path, kind: str, *, extends: bool = Fal
     if base is not None:
         if kind != "recipe" or not extends:
             reason = "a base recipe extends nothing (one level only)" if kind == "recipe" else "only recipes do"
-            raise UserError(f"{path}: extends = {shown(base)}: {reason}.")
+            raise UserError(f"{path}: extends = {short_repr(base)}: {reason}.")
         _check_base(path, base)
         try:
             _read_into(settings, path.parent / base, kind)
@@ -251,28 +239,6 @@ def _check_complete(settings: Settings, recipe: Path) -> None:
         raise UserError(f"{recipe}: [optimizer] lr is missing.")
 
 
-def load(recipe: Path, train_config: Path | None):
-    """Build the ``NITPTrainer.Config`` of a recipe on a train config.
-
-    Raises:
-        UserError: naming file, table, key, value and what is allowed.
-    """
-    from nitp_titan.config import build
-
-    return build.build(read_settings(recipe, train_config))
-
-
-def write_resolved(config, folder: Path) -> None:
-    """Write ``resolved.toml`` (can be trained again) and ``resolved.json`` into a run folder."""
-    from nitp_titan.config import build
-
-    tables = build.to_tables(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    head = "# The resolved configuration of a run; torchrun ... -m nitp_titan.train --recipe <this file>\n"
-    write_atomically(folder / "resolved.toml", head + tomli_w.dumps({"resolved": True, **tables}))
-    write_atomically(folder / "resolved.json", json.dumps(tables, indent=2) + "\n")
-
-
 def find(name: str, folder: str) -> Path:
     """A recipe or train config by path or by short name (``debug/nitp_debug``, ``cpu``).
 
@@ -298,6 +264,18 @@ def _check_folder(folder: str) -> None:
         )
 
 
+def locate(name: str) -> tuple[Path, Path | None]:
+    """Files of ``<recipe>[@<train config>]``; a resolved recipe has no train config."""
+    recipe_name, _, train_config_name = name.partition("@")
+    recipe_path = find(recipe_name, "recipes")
+    train_config_path = None
+    if train_config_name:
+        train_config_path = find(train_config_name, "train_configs")
+    elif read_toml(recipe_path).get("resolved") is not True:
+        train_config_path = default_train_config()
+    return recipe_path, train_config_path
+
+
 def available(folder: str) -> list[str]:
     """Short names of the project's recipes or train configs."""
     _check_folder(folder)
@@ -307,6 +285,7 @@ def available(folder: str) -> list[str]:
 
 def default_train_config() -> Path:
     """``gpu`` where there is one, else ``cpu``."""
+    # Listing and comparing recipes needs no torch, which takes seconds.
     import torch
 
     return find("gpu" if torch.accelerator.is_available() else "cpu", "train_configs")

@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from nitp_titan.errors import first_line, nearest, UserError
+from nitp_titan.errors import first_line, nearest_choice, UserError
 
 TOKENIZERS = {
     # Apache-2.0. 151,646 tokens; its models, and the paper's, have 152,064 rows.
@@ -38,9 +38,8 @@ def repository(name: str) -> str:
     """Repository ``owner/name`` of a registered tokenizer, or the name itself if it is one; else UserError."""
     if name in TOKENIZERS or name.count("/") == 1:
         return TOKENIZERS.get(name, name)
-    raise UserError(
-        f"'{name}' is neither a registered tokenizer nor a repository 'owner/name'.{nearest(name, [*TOKENIZERS])}"
-    )
+    near = nearest_choice(name, [*TOKENIZERS])
+    raise UserError(f"'{name}' is neither a registered tokenizer nor a repository 'owner/name'.{near}")
 
 
 def download_tokenizer(name: str, out: Path) -> dict:

@@ -26,7 +26,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.logging import logger
 
 from nitp_titan.data.text_sets import TextStream
-from nitp_titan.errors import away, explained, UserError
+from nitp_titan.errors import UserError
+from nitp_titan.machine.failures import away, explained
 
 # Of the shuffle of every epoch, plus its number; TorchTitan's text datasets have the same.
 _SHUFFLE_SEED = 42

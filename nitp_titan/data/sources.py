@@ -18,15 +18,9 @@ from nitp_titan.data.text_files import (
 )
 from nitp_titan.data.text_sets import indexed, TextStream
 from nitp_titan.data.tokens.folder import check_tokens, TOKENS
-from nitp_titan.errors import (
-    away,
-    first_line,
-    nearest,
-    shown,
-    surroundings,
-    UserError,
-)
+from nitp_titan.errors import first_line, nearest_choice, short_repr, UserError
 from nitp_titan.files import fingerprint
+from nitp_titan.machine.failures import away, surroundings
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import BaseTokenizer
@@ -91,7 +85,7 @@ def _check_one_way(config, table: str) -> None:
         )
     if config.mixture is not None and config.mixture not in MIXTURES:
         raise UserError(
-            f"[{table}] mixture = '{config.mixture}' is not registered.{nearest(config.mixture, [*MIXTURES])}",
+            f"[{table}] mixture = '{config.mixture}' is not registered.{nearest_choice(config.mixture, [*MIXTURES])}",
             table=table,
             key="mixture",
         )
@@ -112,7 +106,7 @@ def check_source(place: Place) -> None:
         raise place.error(
             "dataset",
             f" = '{source.dataset}' is neither 'json' nor 'parquet' nor '{TOKENS}' nor a Hugging Face dataset "
-            f"'owner/name'.{nearest(source.dataset, [*LOCAL, TOKENS])}",
+            f"'owner/name'.{nearest_choice(source.dataset, [*LOCAL, TOKENS])}",
         )
 
 
@@ -228,7 +222,8 @@ def _text(document: dict[str, Any], place: Place) -> str:
 
     def error(found: str, is_field: bool = False) -> UserError:
         return place.error(
-            "text_field", f" = {place.source.text_field!r}: a document of '{place.name}', {shown(document)}: {found}"
+            "text_field",
+            f" = {place.source.text_field!r}: a document of '{place.name}', {short_repr(document)}: {found}",
         )
 
     return joined(document, place.fields, error)

@@ -21,12 +21,7 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from nitp_titan.errors import (
-    first_line,
-    nearest,
-    shown,
-    UserError,
-)
+from nitp_titan.errors import first_line, nearest_choice, short_repr, UserError
 
 # Files of a folder. Plain *.json is left out: a folder of text often holds a manifest of that name.
 _ENDINGS = {"json": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz"), "parquet": (".parquet",)}
@@ -158,7 +153,7 @@ def documents_of(path: Path, field: str) -> Iterator[str]:
     """
     if not path.is_file():
         siblings = [str(one) for one in path.parent.glob("*") if one.suffix in (".jsonl", ".txt", ".parquet")]
-        raise UserError(f"--text {path} is not a file.{nearest(str(path), siblings)}")
+        raise UserError(f"--text {path} is not a file.{nearest_choice(str(path), siblings)}")
     try:
         for document in read_file(str(path), [field], kind=kind_of(path)):
             yield document.text
@@ -261,7 +256,7 @@ class _Lines:
         if text[0] == "{" and getattr(error, "pos", 0) >= len(line.rstrip()):
             return self._error(number, f"the object does not end in its line; {self._conversion('.')}")
         how = "" if text[0] == "{" else "; plain text needs the ending .txt"
-        return self._error(number, f"no JSON object but {shown(text[:60])} ({first_line(error)}){how}")
+        return self._error(number, f"no JSON object but {short_repr(text[:60])} ({first_line(error)}){how}")
 
     def _conversion(self, what: str) -> str:
         name = Path(self._file).name
@@ -315,7 +310,7 @@ class _Rows:
         names = parquet.schema_arrow.names
         for field in self._fields:
             if field not in names and sum(groups):
-                raise TextError(self._file, None, f"has no column '{field}'.{nearest(field, names)}", True)
+                raise TextError(self._file, None, f"has no column '{field}'.{nearest_choice(field, names)}", True)
         number = 0
         for group, size in enumerate(groups):
             if number + size <= done:
@@ -365,7 +360,7 @@ def joined(document: dict[str, Any], fields: Sequence[str], error: Callable[...,
         text = document.get(field)
         if not isinstance(text, str):
             if field not in document:
-                raise error(f"there is no field '{field}'.{nearest(field, list(document))}", True)
+                raise error(f"there is no field '{field}'.{nearest_choice(field, list(document))}", True)
             raise error(f"'{field}' is {_short(text)} and not a text")
         if not text.isascii():
             try:
@@ -379,5 +374,5 @@ def joined(document: dict[str, Any], fields: Sequence[str], error: Callable[...,
 def _short(value: Any) -> str:
     """A value as JSON writes it, cut where it is long."""
     if isinstance(value, (list, dict)):
-        return ("a list " if isinstance(value, list) else "an object ") + shown(value)
-    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
+        return ("a list " if isinstance(value, list) else "an object ") + short_repr(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else short_repr(value)

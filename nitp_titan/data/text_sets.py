@@ -19,8 +19,9 @@ from datasets import Dataset
 from datasets.table import MemoryMappedTable
 
 from nitp_titan.data.text_files import is_plain, read_file, TextError
-from nitp_titan.errors import surroundings, UserError
+from nitp_titan.errors import UserError
 from nitp_titan.files import fingerprint, WHOLE_BYTES, write_atomically
+from nitp_titan.machine.failures import surroundings
 
 # Raised when the same files would give other texts or another verdict.
 _FORMAT = 1

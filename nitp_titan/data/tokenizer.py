@@ -8,7 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
-from nitp_titan.errors import first_line, surroundings
+from nitp_titan.errors import first_line
+from nitp_titan.machine.failures import surroundings
 
 
 class UnfitTokenizer(ValueError):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nitp_titan.errors import explained, nearest, UserError
+from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.evaluation.models import LoadedModel
 from nitp_titan.evaluation.plan import (
     Average,
@@ -22,6 +22,7 @@ from nitp_titan.evaluation.plan import (
 )
 from nitp_titan.evaluation.pretrained import require
 from nitp_titan.evaluation.scores import Score
+from nitp_titan.machine.failures import explained
 
 # App. E, Table 6, which names tasks and groups.
 GROUPS = {
@@ -64,7 +65,7 @@ def plan(names: Sequence[str]) -> Plan:
     require("mteb")
     for name in names:
         if name not in TASKS:
-            raise UserError(f"--tasks {name}: the suite 'mteb' has no such task.{nearest(name, [*TASKS])}")
+            raise UserError(f"--tasks {name}: the suite 'mteb' has no such task.{nearest_choice(name, [*TASKS])}")
     chosen = [name for name in TASKS if not names or name in names]
     settings = {"mteb": version("mteb"), "max_length": MAX_LENGTH}
     averages = [Average("mteb", group, members) for group, members in GROUPS.items()]

@@ -15,15 +15,10 @@ import torch
 from torch import nn, Tensor
 
 from nitp_titan.data.text_files import documents_of
-from nitp_titan.errors import nearest, UserError
+from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.evaluation.hidden_states import decoder_layers, measure
-from nitp_titan.evaluation.pretrained import (
-    DTYPES,
-    load_pretrained,
-    Model,
-    require,
-    without_bos,
-)
+from nitp_titan.evaluation.pretrained import load_pretrained, Model, require, without_bos
+from nitp_titan.export.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +62,7 @@ class Settings:
             if (value := getattr(self, name)) < least:
                 raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}.")
         if self.dtype not in DTYPES:
-            raise UserError(f"--dtype {self.dtype}: there is no such type.{nearest(self.dtype, list(DTYPES))}")
+            raise UserError(f"--dtype {self.dtype}: there is no such type.{nearest_choice(self.dtype, list(DTYPES))}")
         self.torch_device()
 
     def torch_device(self) -> torch.device:
@@ -78,9 +73,8 @@ class Settings:
         # Others, such as mps, lack the float64 of the sums.
         kind, _, index = self.device.partition(":")
         if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-            raise UserError(
-                f"--device {self.device}: it must be auto, cpu, cuda or cuda:N.{nearest(kind, ['auto', 'cpu', 'cuda'])}"
-            )
+            near = nearest_choice(kind, ["auto", "cpu", "cuda"])
+            raise UserError(f"--device {self.device}: it must be auto, cpu, cuda or cuda:N.{near}")
         if kind == "cuda" and int(index or 0) >= num_gpus:
             raise UserError(f"--device {self.device}: this machine has {num_gpus} GPUs; cpu works everywhere.")
         return torch.device(self.device)

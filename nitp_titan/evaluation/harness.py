@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from nitp_titan.data.hub import without_download_counts
-from nitp_titan.errors import explained, nearest, UserError
+from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.evaluation import local_suite, suites
 from nitp_titan.evaluation.models import LoadedModel
 from nitp_titan.evaluation.plan import (
@@ -26,6 +26,7 @@ from nitp_titan.evaluation.plan import (
 from nitp_titan.evaluation.pretrained import require
 from nitp_titan.evaluation.scores import ratio, Score
 from nitp_titan.evaluation.suites import Benchmark
+from nitp_titan.machine.failures import explained
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -74,7 +75,7 @@ def choose(benchmarks: Sequence[Benchmark], names: Sequence[str], suite: str) ->
     known = {name: bench for bench in benchmarks for name in (bench.name, bench.task) if name}
     for name in names:
         if name not in known:
-            raise UserError(f"--tasks {name}: the suite '{suite}' has no such task.{nearest(name, [*known])}")
+            raise UserError(f"--tasks {name}: the suite '{suite}' has no such task.{nearest_choice(name, [*known])}")
     return [bench for bench in benchmarks if not names or {bench.name, bench.task} & set(names)]
 
 

@@ -11,47 +11,18 @@ import torch
 from torch import nn, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nitp_titan.geometry.statistics import describe, Moments
+from nitp_titan.geometry.statistics import describe, Moments, sample_pairs
+from nitp_titan.objectives.sites import HIDDEN, layer_site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-HIDDEN = "hidden"
-
-
-def draw_pairs(lengths_S: Tensor, num_pairs: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random pairs of tokens of different sequences, all such pairs alike (App. D).
-
-    Training draws positions first and leaves out pairs with padding; here hardly any might be left.
-
-    Args:
-        lengths_S: tokens of every sequence, int64, at least two of them above 0.
-
-    Returns:
-        Number of the sequence and position in it, both [2 pairs], int64: first tokens, then second tokens.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    ends_S = lengths_S.cumsum(0)
-    starts_S, num_tokens = ends_S - lengths_S, ends_S[-1]
-
-    def below(highs_P: Tensor) -> Tensor:
-        return (torch.rand(num_pairs, dtype=torch.float64, generator=generator) * highs_P).long()
-
-    # A sequence is the first of as many pairs as it has tokens times those of all others.
-    num_pairs_S = lengths_S.double() * (num_tokens - lengths_S)
-    first_P = torch.multinomial(num_pairs_S, num_pairs, replacement=True, generator=generator)
-    own_P = lengths_S[first_P]
-    other_P = below(num_tokens - own_P)
-    other_P += torch.where(other_P >= starts_S[first_P], own_P, 0)
-    second_P = torch.searchsorted(ends_S, other_P, right=True)
-    return torch.cat([first_P, second_P]), torch.cat([below(own_P), other_P - starts_S[second_P]])
 
 
 class Collector:
     """Sums the states of batches: dim^2 numbers per state and the states of the pairs, however long the text.
 
     Args:
-        pairs: from `draw_pairs`.
+        pairs: from `sample_pairs`.
     """
 
     def __init__(self, pairs: tuple[Tensor, Tensor]):
@@ -115,13 +86,13 @@ def _watched(layers: Sequence[nn.Module], see: Callable[[str, Tensor], None]) ->
     """Show what enters the first layer, and what leaves each, to ``see``."""
 
     def enters(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        see("layer_0", args[0] if args else kwargs.get("hidden_states"))
+        see(layer_site(0), args[0] if args else kwargs.get("hidden_states"))
 
     def leaves(state: str) -> Callable:
         return lambda module, args, output: see(state, output[0] if isinstance(output, tuple) else output)
 
     hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in layers[:1]]
-    hooks += [layer.register_forward_hook(leaves(f"layer_{n}")) for n, layer in enumerate(layers, start=1)]
+    hooks += [layer.register_forward_hook(leaves(layer_site(n))) for n, layer in enumerate(layers, start=1)]
     try:
         yield
     finally:
@@ -154,7 +125,7 @@ def measure(
     decoder = model.get_decoder()
     layers = decoder_layers(decoder)
     lengths_S = torch.tensor([len(ids) for ids in sequences])
-    collector = Collector(draw_pairs(lengths_S, num_pairs, seed))
+    collector = Collector(sample_pairs(lengths_S, num_pairs, seed))
     with _watched(layers, collector.see):
         for start in range(0, len(sequences), batch_size):
             ids_BL = pad_sequence([ids.long() for ids in sequences[start : start + batch_size]], batch_first=True)
@@ -165,7 +136,7 @@ def measure(
             inputs = {"input_ids": ids_BL.to(model.device), "attention_mask": valid_BL.long().to(model.device)}
             collector.see(HIDDEN, decoder(**inputs, use_cache=False).last_hidden_state)
             progress(int(valid_BL.sum()))
-    names = [HIDDEN, *(f"layer_{number}" for number in range(len(layers) + 1) if layers)]
+    names = [HIDDEN, *(layer_site(number) for number in range(len(layers) + 1) if layers)]
     left_out = [] if layers else ["its layers are not in a list of num_hidden_layers modules; left out."]
     states = {}
     for name in names:

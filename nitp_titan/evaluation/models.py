@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nitp_titan.data.hub import hub_token
-from nitp_titan.errors import explained, UserError
+from nitp_titan.errors import UserError
+from nitp_titan.machine.failures import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from nitp_titan.data.hub import hub_token
-from nitp_titan.errors import explained, nearest, UserError
+from nitp_titan.errors import nearest_choice, UserError
+from nitp_titan.export.dtypes import DTYPES
+from nitp_titan.machine.failures import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # In place of a device: a model that fits into no single one is spread over all that there are.
 SPREAD = "spread"
@@ -53,16 +53,15 @@ def check_model(name: str) -> None:
         if not (folder / "config.json").is_file():
             siblings = [str(path.parent) for path in folder.glob("*/config.json")]
             raise UserError(
-                f"{name} holds no config.json, so it is no Hugging Face model.{nearest(name, siblings)} "
+                f"{name} holds no config.json, so it is no Hugging Face model.{nearest_choice(name, siblings)} "
                 "`python scripts/export_hf.py` makes one from a checkpoint."
             )
         if not any(folder.glob("*.safetensors")):
             raise UserError(f"{name} holds no safetensors; other formats can run code and are not loaded.")
     elif name.count("/") != 1 or folder.is_absolute() or name.startswith("."):
         siblings = [str(path) for path in folder.parent.glob("*") if path.is_dir()] if folder.parent.is_dir() else []
-        raise UserError(
-            f"{name} is neither a folder nor a model 'owner/name' of the Hugging Face hub.{nearest(name, siblings)}"
-        )
+        near = nearest_choice(name, siblings)
+        raise UserError(f"{name} is neither a folder nor a model 'owner/name' of the Hugging Face hub.{near}")
 
 
 def read_models(arguments: Sequence[str]) -> list[Model]:

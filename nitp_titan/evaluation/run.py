@@ -13,7 +13,7 @@ from nitp_titan.evaluation.plan import Plan, Task
 from nitp_titan.evaluation.pretrained import load_pretrained, Model, without_bos
 from nitp_titan.evaluation.scores import Score
 from nitp_titan.evaluation.store import ResultStore
-from nitp_titan.training.metrics import time_left
+from nitp_titan.progress import time_left
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from nitp_titan import markdown
 from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.metrics_file import read_records
+from nitp_titan.step_files import read_records
 from nitp_titan.training.lr_scheduler import WSDSchedulers
 
 _CITATION = """\

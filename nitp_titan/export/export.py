@@ -18,16 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
+from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.config.overrides import overridden
+from nitp_titan.config.trained import overridden
 from nitp_titan.data.tokenizer import TextTokenizer
 from nitp_titan.errors import UserError
-from nitp_titan.evaluation.pretrained import DTYPES
 from nitp_titan.export.card import model_card
+from nitp_titan.export.dtypes import DTYPES
 from nitp_titan.models import hf_config, meta_tensors
 from nitp_titan.models.hf_config import require
-from nitp_titan.objectives.adapter import PROJECTOR_PREFIX, without_projector
+from nitp_titan.objectives.export import TRAINING_PREFIX, without_training_weights
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -63,8 +64,9 @@ class Export:
     """The plan of an export; everything that can be refused is refused when it is made.
 
     Args:
-        checkpoint: of a run whose folder holds ``resolved.toml``.
-        dtype: key of `pretrained.DTYPES`.
+        checkpoint: of a run.
+        config: the ``NITPTrainer.Config`` of the run.
+        dtype: key of `DTYPES`.
         tokenizer: its folder; None takes the recipe's ``hf_assets_path``.
         max_shard_size: in bytes, or as ``"5GB"``.
 
@@ -76,16 +78,17 @@ class Export:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        config: Trainer.Config,
         *,
         dtype: str = "float32",
         tokenizer: Path | None = None,
         max_shard_size: int | str = MAX_SHARD_SIZE,
     ):
-        self.checkpoint, self.dtype, self.config = checkpoint, DTYPES[dtype], checkpoint.config()
+        self.checkpoint, self.dtype, self.config = checkpoint, DTYPES[dtype], config
         spec = self.config.model_spec
         self.settings = hf_config(self.config.model, spec)
         self.architecture = self.settings["architectures"][0]
-        self.adapter = without_projector(spec.state_dict_adapter)(spec.model, None)
+        self.adapter = without_training_weights(spec.state_dict_adapter)(spec.model, None)
         model = meta_tensors(overridden(self.config, spec))
         checkpoint.check_model(model)
         self.sources = {name: _named(self.adapter, name, tensor) for name, tensor in model.items()}
@@ -182,7 +185,7 @@ class Export:
             parameters=sum(tensor.numel() for tensor in tensors),
             num_bytes=self.shards.metadata["total_size"],
             files=sorted(path.name for path in out.iterdir()),
-            left_out=[name for name in self.checkpoint.tensors if name.startswith(PROJECTOR_PREFIX)],
+            left_out=[name for name in self.checkpoint.tensors if name.startswith(TRAINING_PREFIX)],
         )
 
     def _draft(self, out: Path) -> Path:
@@ -251,7 +254,7 @@ def check_last_save(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None
         settings = hf_config(config.model, spec)
         adapter = spec.state_dict_adapter(spec.model, None)
         sources = {name: _named(adapter, name, tensor) for name, tensor in tensors.items()}
-        orphans = [n for n in _without_counterpart(sources, settings) if not n.startswith(PROJECTOR_PREFIX)]
+        orphans = [n for n in _without_counterpart(sources, settings) if not n.startswith(TRAINING_PREFIX)]
         architecture = settings["architectures"][0]
         require(not orphans, architecture, f"'{next(iter(orphans), '')}' has no counterpart there")
     except UserError as error:

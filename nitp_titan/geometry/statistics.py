@@ -2,7 +2,7 @@
 
 Everything is computed from sums over tokens, in float64: sums of micro-batches and of ranks simply add up.
 
-Suffixes: N tokens, D model dim, P pairs.
+Suffixes: N tokens, D model dim, P pairs, S sequences.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _SPECTRUM_POINTS = 128
 
 @dataclass
 class Moments:
-    """Sums over tokens from which all figures but sampled pairs follow. Memory: dim^2 numbers."""
+    """Sums over tokens from which all statistics but sampled pairs follow. Memory: dim^2 numbers."""
 
     counts: Tensor
     """[2], float64: tokens, and tokens whose state is not zero."""
@@ -136,15 +136,47 @@ def sampled_cosine(first_PD: Tensor, second_PD: Tensor, valid_P: Tensor) -> Tens
     return torch.where(valid_P, cosine, 0.0).sum() / valid_P.sum().clamp(min=1)
 
 
+def sample_pairs(lengths_S: Tensor, num_pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random pairs of tokens of different sequences, all such pairs alike (App. D).
+
+    They are of one sequence if there is no other.
+
+    Args:
+        lengths_S: tokens of every sequence, int64, at least 2 in all.
+
+    Returns:
+        Number of the sequence and position in it, both [2 pairs], int64: first tokens, then second tokens.
+    """
+    if (lengths_S > 0).sum() == 1:
+        only = lengths_S.argmax()
+        positions, _ = sample_pairs(torch.ones(int(lengths_S[only]), dtype=torch.int64), num_pairs, seed)
+        return only.expand_as(positions), positions
+    generator = torch.Generator().manual_seed(seed)
+    ends_S = lengths_S.cumsum(0)
+    starts_S, num_tokens = ends_S - lengths_S, ends_S[-1]
+
+    def below(highs_P: Tensor) -> Tensor:
+        return (torch.rand(num_pairs, dtype=torch.float64, generator=generator) * highs_P).long()
+
+    # A sequence is the first of as many pairs as it has tokens times those of all others.
+    num_pairs_S = lengths_S.double() * (num_tokens - lengths_S)
+    first_P = torch.multinomial(num_pairs_S, num_pairs, replacement=True, generator=generator)
+    own_P = lengths_S[first_P]
+    other_P = below(num_tokens - own_P)
+    other_P += torch.where(other_P >= starts_S[first_P], own_P, 0)
+    second_P = torch.searchsorted(ends_S, other_P, right=True)
+    return torch.cat([first_P, second_P]), torch.cat([below(own_P), other_P - starts_S[second_P]])
+
+
 def describe(moments: Moments, pairs: tuple[Tensor, Tensor, Tensor] | None = None) -> dict[str, Any] | None:
-    """All figures of a cloud of states, as plain numbers.
+    """All statistics of a cloud of states, as plain numbers.
 
     Args:
         moments: of all its tokens.
         pairs: arguments of `sampled_cosine`.
 
     Returns:
-        Figure -> number; ``spectrum`` has the share of the variance by rank, for up to 128 ranks.
+        Statistic -> number; ``spectrum`` has the share of the variance by rank, for up to 128 ranks.
         None if the states are not finite.
     """
     if not all(tensor.isfinite().all() for tensor in moments.tensors()):
@@ -152,19 +184,19 @@ def describe(moments: Moments, pairs: tuple[Tensor, Tensor, Tensor] | None = Non
     count = moments.counts[0].clamp(min=1)
     second_moment = moments.outer_DD / count
     eigenvalues = spectrum(covariance(moments), scale=second_moment.trace())
-    figures = {
+    stats = {
         "effective_rank": effective_rank(eigenvalues),
         "rankme": rankme(spectrum(second_moment)),
         "participation_ratio": participation_ratio(eigenvalues),
         "cosine": average_cosine(moments),
     }
     if pairs is not None:
-        figures["cosine_sampled"] = sampled_cosine(*pairs)
+        stats["cosine_sampled"] = sampled_cosine(*pairs)
     share = eigenvalues / eigenvalues.sum().clamp(min=torch.finfo(eigenvalues.dtype).tiny)
     ranks = _log_spaced(len(share))
     return {
         "tokens": int(moments.counts[0]),
-        **{name: value.item() for name, value in figures.items()},
+        **{name: value.item() for name, value in stats.items()},
         "spectrum": {"rank": ranks, "share": [float(f"{value:.4g}") for value in share.cpu()[torch.tensor(ranks) - 1]]},
     }
 

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from nitp_titan.config.sections import ModelConfig
-from nitp_titan.errors import nearest, UserError
+from nitp_titan.errors import nearest_choice, UserError
+from nitp_titan.models.settings import ModelConfig
 
 # Folders beside this file.
 FAMILIES = ("llama3", "moe", "qwen3", "deepseek_v3", "gpt_oss")
@@ -24,7 +24,7 @@ def build_model_spec(model: ModelConfig):
     if model.flavor not in family.FLAVORS:
         raise UserError(
             f"[model] flavor = '{model.flavor}' is unknown in {model.family}."
-            f"{nearest(model.flavor, list(family.FLAVORS))}",
+            f"{nearest_choice(model.flavor, list(family.FLAVORS))}",
             table="model",
             key="flavor",
         )
@@ -81,8 +81,9 @@ def _import_family(name: str) -> ModuleType:
     except (ImportError, ValueError):
         found = False
     if not found:
+        near = nearest_choice(name, FAMILIES)
         raise UserError(
-            f"[model] family = '{name}' is neither registered nor an importable module.{nearest(name, list(FAMILIES))}",
+            f"[model] family = '{name}' is neither registered nor an importable module.{near}",
             table="model",
             key="family",
         )

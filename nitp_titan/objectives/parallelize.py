@@ -1,4 +1,4 @@
-"""Give any family's parallelize and pipelining functions the NITP module."""
+"""The objective's module under FSDP, tensor and pipeline parallelism: wrappers of a family's own functions."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, MixedPrecisionPolicy
 from torchtitan.config import CompileConfig, ParallelismConfig, TORCH_DTYPE_MAP, TrainingConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.fsdp import disable_fsdp_gradient_division, get_fsdp_reshard_after_forward_policy
+from torchtitan.distributed.fsdp import disable_fsdp_gradient_division
 from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh
 from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part, _get_pipeline_metadata
-
-from nitp_titan.sizing.model_size import projector_cost
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.moe import GroupedExperts, MoE
 
 
 def with_nitp_parallelize(parallelize_fn: Callable) -> Callable:
@@ -25,9 +25,7 @@ def with_nitp_parallelize(parallelize_fn: Callable) -> Callable:
         nitp, model.nitp = model.nitp, None
         model = parallelize_fn(model, **kwargs)
         if nitp is not None:
-            _parallelize_projector(
-                nitp, kwargs["parallel_dims"], kwargs["training"], kwargs["parallelism"], kwargs["compile_config"]
-            )
+            _parallelize_projector(nitp, kwargs["parallel_dims"], kwargs["training"], kwargs["compile_config"])
         model.nitp = nitp
         return model
 
@@ -38,7 +36,6 @@ def _parallelize_projector(
     nitp: nn.Module,
     parallel_dims: ParallelDims,
     training: TrainingConfig,
-    parallelism: ParallelismConfig,
     compile_config: CompileConfig,
 ) -> None:
     nitp.parallelize(parallel_dims)
@@ -57,9 +54,6 @@ def _parallelize_projector(
             param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
             cast_forward_inputs=False,
-        ),
-        reshard_after_forward=get_fsdp_reshard_after_forward_policy(
-            parallelism.fsdp_reshard_after_forward, parallel_dims.pp_enabled
         ),
         **options,
     )
@@ -107,3 +101,34 @@ def projector_layers(cost: int, num_stages: int, num_layers: int, input_weight: 
     return max(
         extra for extra in range(cost + 1) if extra == 0 or output_weight + extra <= (layers + extra) // num_stages
     )
+
+
+def projector_cost(model: Decoder) -> float:
+    """FLOPs of the projector as a multiple of those of a decoder layer, the mean over layers.
+
+    Args:
+        model: a whole built model with the NITP module, not parallelized.
+    """
+    layers = model.layers.values()
+    return matmul_parameters(model.nitp) * len(layers) / sum(matmul_parameters(layer) for layer in layers)
+
+
+def matmul_parameters(module: nn.Module) -> float:
+    """Parameters that multiply the states of one token."""
+    linears = sum(linear.weight.numel() for linear in modules_of_type(module, nn.Linear))
+    return linears + sum(expert_parameters(moe) * share_used(moe) for moe in modules_of_type(module, MoE))
+
+
+def modules_of_type(model: nn.Module, kind: type) -> list:
+    """Modules of a type in a model, itself included."""
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def expert_parameters(moe: MoE) -> int:
+    """Parameters of all routed experts of a layer."""
+    return sum(p.numel() for experts in modules_of_type(moe, GroupedExperts) for p in experts.parameters())
+
+
+def share_used(moe: MoE) -> float:
+    """Share of the routed experts that one token uses."""
+    return moe.router.top_k / moe.router.num_experts

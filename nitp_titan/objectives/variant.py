@@ -1,4 +1,4 @@
-"""Turn any TorchTitan decoder into its NITP variant."""
+"""Any decoder of TorchTitan with an auxiliary objective."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,16 +8,13 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.deepseek_v3.mtp import MTPDecoder
 from torchtitan.protocols.model_spec import ModelSpec
 
-from nitp_titan.config.sections import NITPConfig
 from nitp_titan.errors import UserError
-from nitp_titan.objectives.adapter import without_projector
-from nitp_titan.objectives.nitp import (
-    NITP,
-    nitp_module_config,
-    NITPDecoder,
-    set_nitp_sharding,
-)
+from nitp_titan.objectives.decoder import NITPDecoder
+from nitp_titan.objectives.export import without_training_weights
+from nitp_titan.objectives.nitp import NITPModule, set_nitp_sharding
 from nitp_titan.objectives.parallelize import with_nitp_parallelize, with_nitp_pipelining
+from nitp_titan.objectives.registry import build_objective
+from nitp_titan.objectives.settings import NITPConfig
 
 
 def with_nitp(spec: ModelSpec, settings: NITPConfig) -> ModelSpec:
@@ -25,7 +22,7 @@ def with_nitp(spec: ModelSpec, settings: NITPConfig) -> ModelSpec:
 
     Args:
         spec: any decoder of TorchTitan or built from its `Decoder`; the variant shares its configs.
-        settings: the `[nitp]` table; with weight 0 the variant only shows its layers to the geometry meter.
+        settings: the `[nitp]` table; with weight 0 the variant only shows its layers to an observer.
 
     Returns:
         A new spec. Quantization converters applied to it reach the projector, whose
@@ -49,13 +46,16 @@ def with_nitp(spec: ModelSpec, settings: NITPConfig) -> ModelSpec:
             key="layers",
         ) from None
     fields = {field.name: getattr(spec.model, field.name) for field in dataclasses.fields(spec.model)}
-    model = nitp_model_class(base, decoder).Config(**fields, nitp=nitp_module_config(spec.model.dim, settings))
+    model_config = nitp_model_class(base, decoder).Config
+    objective = build_objective(settings)
+    if objective is None:
+        return dataclasses.replace(spec, model=model_config(**fields))
     return dataclasses.replace(
         spec,
-        model=model,
+        model=model_config(**fields, nitp=objective.module_config(spec.model.dim)),
         parallelize_fn=with_nitp_parallelize(spec.parallelize_fn),
         pipelining_fn=spec.pipelining_fn and with_nitp_pipelining(spec.pipelining_fn),
-        state_dict_adapter=spec.state_dict_adapter and without_projector(spec.state_dict_adapter),
+        state_dict_adapter=spec.state_dict_adapter and without_training_weights(spec.state_dict_adapter),
     )
 
 
@@ -75,15 +75,15 @@ def _nitp_decoder(base: type, spec: ModelSpec) -> type:
     if "nitp_decoder" not in vars(owner):
         raise UserError(
             f"[nitp] {owner.__module__}.{owner.__name__} overrides Decoder.forward, in which NITP captures the "
-            "implicit token. Implement a subclass of nitp_titan.objectives.nitp.NITPDecoder with that forward and the "
-            f"capture, and name it as {owner.__name__}.nitp_decoder."
+            "implicit token. Implement a subclass of nitp_titan.objectives.decoder.NITPDecoder with that forward and "
+            f"the capture, and name it as {owner.__name__}.nitp_decoder."
         )
     return vars(owner)["nitp_decoder"]
 
 
 @cache
 def nitp_model_class(base: type[Decoder], decoder: type[NITPDecoder] = NITPDecoder) -> type[Decoder]:
-    """Model class ``NITP<base>`` with the NITP module registered after the backbone.
+    """Model class ``NITP<base>`` with the objective's module registered after the backbone.
 
     Being last, it is initialised last: for one seed the backbone's initial weights are
     those of the model without NITP.
@@ -92,15 +92,16 @@ def nitp_model_class(base: type[Decoder], decoder: type[NITPDecoder] = NITPDecod
     class NITPModel(decoder, base):
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):
-            nitp: NITP.Config
+            nitp: NITPModule.Config | None = None
 
             def update_from_config(self, *, config, **kwargs) -> None:
                 base.Config.update_from_config(self, config=config, **kwargs)
-                set_nitp_sharding(self.nitp, config.parallelism)
+                if self.nitp is not None:
+                    set_nitp_sharding(self.nitp, config.parallelism)
 
         def __init__(self, config: Config):
             super().__init__(config)
-            self.nitp = config.nitp.build()
+            self.nitp = config.nitp.build() if config.nitp is not None else None
 
     NITPModel.__name__ = NITPModel.__qualname__ = f"NITP{base.__name__}"
     return NITPModel

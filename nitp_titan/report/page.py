@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from nitp_titan import markdown
-from nitp_titan.report import drawing, figures, runs
+from nitp_titan.report import drawing, runs
 from nitp_titan.report.runs import Arm, Differences
 from nitp_titan.report.stats import (
     Difference,
@@ -55,7 +55,7 @@ class Report:
             for figure in FIGURES
             if not self.steps[figure] and any(figure.series(run)[0] for run in every_run)
         )
-        self.drawings = figures.drawings(arms, spectrum_steps)
+        self.drawings = plots.drawings(arms, spectrum_steps)
 
     @property
     def baseline(self) -> Arm:
@@ -171,7 +171,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         for one in self.drawings:
             drawing.write_files(one, folder)
-        overview = [one for name in figures.OVERVIEW for one in self.drawings if one.name == name]
+        overview = [one for name in plots.OVERVIEW for one in self.drawings if one.name == name]
         if overview:
             drawing.write_overview(overview, folder / "overview.png")
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
@@ -204,7 +204,7 @@ class Report:
             differences = f"<h2>Differences to {escape(self.baseline.name)}</h2>{_html_table(*self.difference_table())}"
         settings = "".join(self._settings_parts(_html_table, _html_list))
         key = "".join(
-            f'<span><i style="background:{figures.color(self.arms, arm)}"></i>{escape(arm.name)}</span>'
+            f'<span><i style="background:{plots.color(self.arms, arm)}"></i>{escape(arm.name)}</span>'
             for arm in self.arms
         )
         return _PAGE.format(

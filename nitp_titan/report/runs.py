@@ -22,7 +22,7 @@ _UNFAIR = {
     ("model.family", "model.flavor", "optimizer.", "lr_scheduler.", "training.max_norm"): "more than NITP is compared",
     ("checkpoint.initial_load",): "the arms may start from different weights",
     ("validator.dataloader.", "validator.steps"): "validation is not on the same tokens",
-    ("geometry.probe_batches",): "the probe is not on the same tokens",
+    ("geometry.validation_batches",): "the probe is not on the same tokens",
     ("training.mixed_precision", "float8.", "training.dtype"): "the arms compute in different precision",
 }
 # How data are read, which changes neither them nor their order.

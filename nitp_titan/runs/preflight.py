@@ -1,26 +1,126 @@
-"""What can be known before anything is built: the tokenizer, the run folder and the room on its disk."""
+"""What can be known before a trainer exists: a config becomes a plan."""
 
-import logging
+import dataclasses
 import os
 import shutil
 import sys
 import tempfile
 from contextlib import suppress
-from functools import partial
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.observability.structured_logger import structured_logging
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools import utils
 from torchtitan.tools.filesystem import is_remote
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
 
+from nitp_titan.checkpoint.initial_load import check_initial_load
+from nitp_titan.checkpoint.resume import has_ended
+from nitp_titan.config.build import tables_of
+from nitp_titan.config.parallelism import check_parallelism
+from nitp_titan.config.refusals import upstream_refusals
+from nitp_titan.config.tables import Tables
+from nitp_titan.config.trained import overridden, trained
+from nitp_titan.data.loader import check_sources
 from nitp_titan.data.tokenizer import check_end_of_document, UnfitTokenizer
-from nitp_titan.errors import surroundings, UserError
+from nitp_titan.errors import UserError
+from nitp_titan.export.export import check_last_save
+from nitp_titan.machine import cpu
+from nitp_titan.machine.failures import surroundings
+from nitp_titan.models import meta_tensors
+from nitp_titan.runs import ranks
+from nitp_titan.runs.restarts import use_fresh_store
+from nitp_titan.runs.run_folder import plan_resume, ResumePlan
+from nitp_titan.runs.structured_log import open_log
 
-# TorchTitan asks this variable for what begins its log.
-_LOG_FACTORY = "TITAN_STRUCT_LOGGER_HANDLERS"
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before a trainer exists."""
+
+    config: Trainer.Config
+    """What the trainer builds: model and loss with the objective, the step to load."""
+
+    tables: Tables
+    """What the run folder records: the config that was given, with the step that a new run starts from."""
+
+    resume: ResumePlan
+
+    hosts: list[str]
+    """Names of the hosts of all ranks, each once."""
+
+
+def preflight(config: Trainer.Config) -> Plan:
+    """Check all that a start can be refused for, make the process group, and claim the run folder. A collective.
+
+    The way: layout, model and loss, this machine's files and the run folder (the first rank of each node), process
+    group, agreement of all ranks, claim of the folder (rank 0). A finished run ends here, with status 0.
+
+    Args:
+        config: a ``NITPTrainer.Config``, as recipe, train config and flags make it.
+
+    Raises:
+        UserError: naming what is missing, damaged or does not fit.
+    """
+    check_parallelism(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    final = trained(config)
+    # The other ranks of a node wait for its first one in `agree`.
+    found = _plan_start(config, final.model_spec) if ranks.leads_node(config) else None
+    final = cpu.prepare(final)
+    _join_process_group(config)
+    hosts, resume = ranks.agree(config, tables_of(config), found)
+    if resume.finished:
+        torch.distributed.destroy_process_group()
+        sys.exit()
+    open_log(config.dump_folder)
+    if config.metrics.enable_wandb:
+        # The only way to TorchTitan's logger.
+        os.environ |= {"WANDB_RUN_ID": resume.wandb_id, "WANDB_RESUME": "allow"}
+    # Rank 0 has decided what is loaded; of a remote folder it knows no step.
+    load_step = config.checkpoint.load_step if resume.from_step is None else resume.from_step
+    recorded = dataclasses.replace(config.checkpoint, initial_load_path=resume.initial_load_path)
+    return Plan(
+        config=dataclasses.replace(final, checkpoint=dataclasses.replace(recorded, load_step=load_step)),
+        tables=tables_of(dataclasses.replace(config, checkpoint=recorded)),
+        resume=resume,
+        hosts=hosts,
+    )
+
+
+def _plan_start(config: Trainer.Config, spec: ModelSpec) -> ResumePlan:
+    """Check what a config names on this machine's disks, and find out how training starts."""
+    check_sources(config)
+    if (note := config.nitp.note(config.training.steps)) is not None:
+        logger.warning(note)
+    # Built once for all checks, none of which looks at it without checkpoints.
+    built = overridden(config, spec)
+    tensors = meta_tensors(built) if config.checkpoint.enable else {}
+    check_run(config, spec, tensors)
+    check_last_save(config, spec, tensors)
+    plan = plan_resume(config, tables_of(config))
+    if not plan.archived:
+        plan = dataclasses.replace(plan, finished=has_ended(config, tensors, plan.from_step))
+    if plan.from_step is None:
+        config = check_initial_load(config, spec, tensors)
+    return dataclasses.replace(plan, initial_load_path=config.checkpoint.initial_load_path)
+
+
+def _join_process_group(config: Trainer.Config) -> None:
+    """Make the process group as `Trainer.init_distributed` does; one that is there already is kept."""
+    if torch.distributed.is_initialized():
+        return
+    use_fresh_store()
+    # Before NCCL is: its first collective asks for the device.
+    utils.device_module.set_device(utils.get_local_device())
+    with upstream_refusals():
+        dist_utils.init_distributed(
+            config.comm, enable_cpu_backend=config.training.enable_cpu_offload, base_folder=config.dump_folder
+        )
 
 
 def check_run(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
@@ -78,56 +178,6 @@ def _existing(path: str) -> Path:
     """The nearest folder or file at or above a path that is there."""
     path = Path(path).absolute()
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
-
-
-class _Kept(logging.Handler):
-    """Keeps records until the run folder is this run's: a start that is refused leaves nothing behind."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.options, self.records = options, []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-def begin_log(*, structured_logger: logging.Logger, **options) -> None:
-    """TorchTitan's structured log, which it begins before it builds a trainer; `open_log` writes it."""
-    structured_logger.addHandler(_Kept(structured_logger=structured_logger, **options))
-
-
-def open_log(output_dir: str) -> None:
-    """Write the structured log of a run folder from now on, and what it has kept so far.
-
-    A record that cannot be written ends training as a checkpoint does that cannot be written; by itself `logging` would
-    print a traceback for each.
-    """
-    log = structured_logging._structured_logger
-    for kept in [handler for handler in log.handlers if isinstance(handler, _Kept)]:
-        log.removeHandler(kept)
-        if kept.options["output_dir"] != output_dir:
-            # Of an earlier start in this process, which was refused.
-            continue
-        before = list(log.handlers)
-        module, _, factory = structured_logging._DEFAULT_HANDLER_FACTORY.rpartition(".")
-        getattr(import_module(module), factory)(**kept.options)
-        for handler in log.handlers:
-            if handler not in before:
-                handler.handleError = partial(_end_log, handler)
-                for record in kept.records:
-                    handler.handle(record)
-
-
-def _end_log(handler: logging.Handler, record: logging.LogRecord) -> None:
-    error = sys.exc_info()[1]
-    # Closing it would write once more.
-    structured_logging._structured_logger.removeHandler(handler)
-    raise surroundings(error, getattr(handler, "baseFilename", "")) or error
-
-
-def install_log() -> None:
-    """Make TorchTitan begin its log with `begin_log`, unless the user chose a factory."""
-    os.environ.setdefault(_LOG_FACTORY, f"{begin_log.__module__}.{begin_log.__name__}")
 
 
 def checkpoint_bytes(config, tensors: dict[str, Tensor]) -> int:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from nitp_titan.config import recipe
-from nitp_titan.credentials import redact
+from nitp_titan.machine.credentials import redact
 
 _PACKAGES = ("torch", "torchtitan", "torchao", "torchdata", "datasets", "tokenizers", "nitp-titan")
 _GIT_TIMEOUT = 5  # seconds

@@ -1,36 +1,32 @@
-"""A run folder holds one run: the same run goes on there, another one is refused. Imports no torch.
+"""A run folder holds one run: the same run resumes there, another one is refused.
 
 What identifies a run is what its recipe says and what its data contain. Everything else (parallelism, batch per rank,
 intervals, precision, where the data lie) may change from start to start.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import socket
 import uuid
 from dataclasses import dataclass, field, replace
 from datetime import datetime, UTC
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import tomli
+import tomli_w
 
 from nitp_titan.checkpoint.steps import complete_steps
 from nitp_titan.config import recipe
-from nitp_titan.credentials import redact
-from nitp_titan.errors import shown, UserError
-from nitp_titan.files import free_path, write_atomically
-from nitp_titan.metrics_file import (
-    last_step,
-    later_lines,
-    set_damaged_aside,
-    STEP_FILES,
-)
+from nitp_titan.config.tables import changes, entries, Tables
+from nitp_titan.errors import changes_text, first_few, UserError
+from nitp_titan.files import append_line, archive, free_path, hold, LOCK, write_atomically
+from nitp_titan.machine.credentials import redact
 from nitp_titan.runs import provenance
+from nitp_titan.runs.data_facts import compare, data_facts, with_documents
+from nitp_titan.step_files import last_step, later_lines, set_damaged_aside, STEP_FILES
 
 logger = logging.getLogger()
 
@@ -39,31 +35,28 @@ _DATA = "data.json"
 _METRICS = "metrics.jsonl"
 _STARTS = "starts.jsonl"
 _SAVED = "last_checkpoint.json"
-_LOCK = "run.lock"
 # Of [dataloader], how the data are read. All other keys decide what they are.
 _READING = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 # Known by content (`data_facts`), or by their effect.
 _BY_CONTENT = {"dataset_path", "streaming", "hf_assets_path"}
 
-Tables = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Start:
-    """How a start goes on with what its folder holds; `find_start` makes it."""
+class ResumePlan:
+    """How a start resumes what its folder holds; `plan_resume` makes it."""
 
     folder: Path
     from_step: int | None = None
-    """Step of the run's own checkpoint that training goes on from."""
+    """Step of the run's own checkpoint that training resumes from; None for a run from its beginning."""
 
-    set_aside: list[Path] = field(default_factory=list)
-    """Folders of an older run that `settle` renames."""
+    archived: list[Path] = field(default_factory=list)
+    """Folders of an older run that `claim` renames."""
 
     later: list[Path] = field(default_factory=list)
-    """Checkpoints of steps after ``from_step``, which `settle` sets aside: these steps are trained again."""
+    """Checkpoints of steps after ``from_step``, which `claim` sets aside: these steps are trained again."""
 
     traces: str = ""
-    """Folder in them that TorchTitan has made for this start too, when it made the process group."""
+    """Subfolder that TorchTitan has made for this start already; it is made again when the old run is archived."""
 
     message: str = ""
     """What the log says of it."""
@@ -80,17 +73,17 @@ class Start:
     wandb_id: str = ""
     """Of the run in Weights & Biases, the same at every start."""
 
-    def settle(self) -> None:
-        """Set aside an older run, later steps and damaged lines. For rank 0 alone, once all ranks have looked.
+    def claim(self) -> None:
+        """Lock the folder and set aside an older run, later steps and damaged lines; rank 0, once all ranks have looked.
 
         Raises:
             UserError: if that cannot be done, or another process trains in the folder.
         """
-        _hold(self.folder)
-        for path in self.set_aside:
-            aside = set_aside(path)
+        hold(self.folder)
+        for path in self.archived:
+            aside = archive(path)
             logger.warning(f"--overwrite: {path} is now {aside}")
-            (aside / _LOCK).unlink(missing_ok=True)
+            (aside / LOCK).unlink(missing_ok=True)
             if self.traces and (aside / self.traces).is_dir():
                 (path / self.traces).mkdir(parents=True)
         try:
@@ -127,50 +120,46 @@ class Start:
         steps = f"steps {names[0]} to {names[1]}" if len(self.later) > 1 else f"step {names[0]}"
         logger.warning(f"load_step = {self.from_step}: the checkpoints of {steps} and later metrics are now in {place}")
 
-    def record(self, config, *, documents: list[int | None] | None = None, **facts: Any) -> None:
+    def write_start(self, tables: Tables, *, documents: list[int | None] | None = None, **facts: Any) -> None:
         """Write ``resolved.toml``, ``resolved.json`` and a line of ``starts.jsonl``. For rank 0 alone.
 
         ``data.json`` tells of the data of the checkpoints: data of a run that goes on come with their first one.
 
         Args:
-            config: the ``NITPTrainer.Config`` that is trained.
+            tables: of the config that is trained.
             documents: of every source of its data; None for a streamed one.
             facts: more to put down, for example the hosts.
 
         Raises:
             UserError: if the folder cannot be written.
         """
-        from nitp_titan.config import build
-
-        before, now = _read_resolved(self.folder), build.to_tables(config)
+        before = _read_resolved(self.folder)
         line = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": provenance.command(),
             "job": _job(),
             **facts,
-            "recipe": recipe_hash(now),
+            "recipe": recipe_hash(tables),
             "code": provenance.code_hash(),
             "versions": provenance.versions(),
             "git": provenance.git(),
             "from_step": self.from_step,
             "wandb_id": self.wandb_id,
             # With the settings that are written now, those of every earlier start.
-            "changed": {} if before is None else changes(before, now),
+            "changed": {} if before is None else changes(before, tables),
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _hold(self.folder)
-            _append_line(self.folder / _STARTS, redact(json.dumps(line)))
+            hold(self.folder)
+            append_line(self.folder / _STARTS, redact(json.dumps(line)))
             if self.from_step is None:
                 self._record_data(0, documents, before=[])
-            recipe.write_resolved(config, self.folder)
+            write_resolved(tables, self.folder)
         except OSError as error:
             raise UserError(f"{error.filename or self.folder} cannot be written: {error.strerror}.") from None
 
     def _record_data(self, step: int, documents: list[int | None] | None, before: list[dict[str, Any]]) -> None:
         """Put down that checkpoints from a step on are of the data of this start."""
-        from nitp_titan.runs.data_facts import with_documents
-
         if self.data is None:
             return
         facts = with_documents(self.data, documents or [])
@@ -188,20 +177,21 @@ class Start:
         write_atomically(self.folder / _SAVED, json.dumps({"step": step}) + "\n")
 
 
-def find_start(config) -> Start:
+def plan_resume(config, tables: Tables) -> ResumePlan:
     """Look at the run folder of a ``NITPTrainer.Config``; changes nothing there.
 
     Without a run the folder may hold anything, as a launcher's log. ``--resume`` without a run starts one: scripts may
     give it always. A restart of the same job (torchrun's ``--max-restarts``, Slurm's requeue) overwrites nothing.
 
+    Args:
+        tables: of the config.
+
     Raises:
         UserError: if the folder holds another run and no flag says what to do with it, naming what differs.
     """
-    from nitp_titan.runs.data_facts import data_facts
-
     folder = Path(config.dump_folder)
     if config.resume and config.overwrite:
-        raise UserError("--resume goes on with a run and --overwrite starts it anew; give one of them.")
+        raise UserError("--resume resumes a run and --overwrite starts it anew; give one of them.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"dump_folder = '{folder}' is a file.", table="", key="dump_folder")
     # A remote folder of checkpoints is TorchTitan's to look into.
@@ -210,15 +200,15 @@ def find_start(config) -> Start:
         raise UserError("--overwrite starts without the step that --checkpoint.load_step names; give one of them.")
     steps = {} if checkpoints is None else complete_steps(checkpoints)
     given_id = os.environ.get("WANDB_RUN_ID")
-    new = Start(folder, data=data_facts(config), wandb_id=given_id or uuid.uuid4().hex[:8])
+    new = ResumePlan(folder, data=data_facts(config), wandb_id=given_id or uuid.uuid4().hex[:8])
     if config.overwrite:
         _check_overwrite(config, [place.resolve() for place in (folder, checkpoints) if place is not None], new.data)
     if not (steps or (folder / _RESOLVED).exists() or (folder / _METRICS).exists()):
         return replace(new, message="--resume: there is no run yet, a new one starts" if config.resume else "")
 
-    changed = _changed(config)
+    changed = _changed(config, tables)
     if config.overwrite and not (changed == {} and _restarted(folder)):
-        return replace(new, set_aside=_places(folder, checkpoints), traces=config.comm.save_traces_folder)
+        return replace(new, archived=_places(folder, checkpoints), traces=config.comm.save_traces_folder)
     none = not steps and checkpoints is not None
     if changed != {} and (none or not config.resume):
         raise UserError(_refusal(folder, changed, resume=config.resume, none=none))
@@ -227,20 +217,20 @@ def find_start(config) -> Start:
     starts = read_starts(folder)
     again = replace(new, wandb_id=given_id or (starts and starts[-1].get("wandb_id")) or new.wandb_id)
     if checkpoints is None:
-        return replace(again, message=f"{folder}: the run goes on from {config.checkpoint.folder}")
+        return replace(again, message=f"{folder}: the run resumes from {config.checkpoint.folder}")
     if none:
         _check_nothing_lost(config, checkpoints)
         return replace(again, message=f"{folder}: the run had no checkpoint yet and starts again")
     if not config.checkpoint.enable:
         raise UserError(
             f"{folder} holds a run with checkpoints up to step {max(steps)}, and [checkpoint] enable = false would not "
-            f"load them. Enable it to go on, {_WAYS_OUT}.",
+            f"load them. Enable it to resume, {_WAYS_OUT}.",
             table="checkpoint",
             key="enable",
         )
     later = [] if config.checkpoint.load_only else [path for number, path in steps.items() if number > step]
-    with_changed = f" with {_shown(changed)}" if changed else ""
-    message = "; ".join([f"{folder}: the run goes on from step {step}{with_changed}", *grown])
+    with_changed = f" with {changes_text(changed)}" if changed else ""
+    message = "; ".join([f"{folder}: the run resumes from step {step}{with_changed}", *grown])
     if step in steps and step > config.training.steps:
         raise UserError(
             f"{folder}: the run has done {step} steps, and [training] steps = {config.training.steps}. Take more "
@@ -256,7 +246,7 @@ def find_start(config) -> Start:
 
 
 def _step_to_load(config, steps: dict[int, Path]) -> int | None:
-    """The checkpoint of a run folder that training goes on from; None if it is not known to have one."""
+    """The checkpoint of a run folder that training resumes from; None if it is not known to have one."""
     step, folder = config.checkpoint.load_step, Path(config.dump_folder)
     # A restarted job resumes from what it has trained since.
     begun = _restarted(folder) and any(
@@ -265,14 +255,22 @@ def _step_to_load(config, steps: dict[int, Path]) -> int | None:
     return max(steps, default=None) if step == -1 or begun else step
 
 
-def _changed(config) -> dict[str, list[Any]] | None:
-    """Settings that identify the run and differ from those of the run in the folder; None if its own are unknown."""
-    from nitp_titan.config import build
+def _changed(config, tables: Tables) -> dict[str, list[Any]] | None:
+    """Settings that identify the run and differ from those of the run in the folder; None if its own are unknown.
 
-    before = _read_resolved(Path(config.dump_folder))
+    Raises:
+        UserError: if the folder was written by a version whose tables had other names.
+    """
+    folder = Path(config.dump_folder)
+    before = _read_resolved(folder)
     if before is None:
         return None
-    return changes(identity(_with_defaults(before, config)), identity(build.to_tables(config)))
+    if unknown := [table for table in before if isinstance(before[table], dict) and table not in tables]:
+        raise UserError(
+            f"{folder} holds a run of another version of nitp-titan: its {_RESOLVED} has a table [{unknown[0]}] "
+            f"(CHANGELOG.md has the new names). {_WAYS_OUT.capitalize()}."
+        )
+    return changes(identity(_with_defaults(before, config)), identity(tables))
 
 
 def _check_overwrite(config, places: list[Path], data: dict[str, Any]) -> None:
@@ -303,13 +301,11 @@ def _check_data(config, now: dict[str, Any], step: int | None, *, none: bool) ->
 
     Args:
         now: what this start reads, see `data_facts`.
-        step: of the checkpoint that it goes on from; None if that is not known.
+        step: of the checkpoint that it resumes from; None if that is not known.
 
     Raises:
         UserError: if the data are not those of the run in the folder.
     """
-    from nitp_titan.runs.data_facts import compare
-
     folder = Path(config.dump_folder)
     try:
         before = _data_of(folder, step)
@@ -320,21 +316,24 @@ def _check_data(config, now: dict[str, Any], step: int | None, *, none: bool) ->
             return [f"its {_DATA} is missing or damaged, so that its data are not compared"]
         raise UserError(
             f"{folder} holds a run without a readable {_DATA}, so that its data may be others. "
-            f"{_WAYS_OUT.capitalize()}, or go on with the run all the same with --resume."
+            f"{_WAYS_OUT.capitalize()}, or resume the run all the same with --resume."
         ) from None
     begins_again = "dataloader" in config.checkpoint.exclude_from_loading
     if found.other and not (config.resume and begins_again and not none):
         way_out = "" if none else ", or let the new data begin: --resume --checkpoint.exclude_from_loading dataloader"
         raise UserError(
-            f"{folder} holds a run on other data: {listed(found.other)}. Restore them, {_WAYS_OUT}{way_out}."
+            f"{folder} holds a run on other data: {first_few(found.other)}. Restore them, {_WAYS_OUT}{way_out}."
         )
     if found.allowed and (none or not config.resume):
-        way_out = "" if none else ", or go on all the same with --resume"
-        said = listed(found.allowed)
+        way_out = "" if none else ", or resume all the same with --resume"
+        said = first_few(found.allowed)
         raise UserError(f"{folder} holds a run on other data: {said}. {_WAYS_OUT.capitalize()}{way_out}.")
     if not begins_again or none:
         return found.allowed
-    return [*found.allowed, f"{listed(found.other)}: the data begin again" if found.other else "the data begin again"]
+    return [
+        *found.allowed,
+        f"{first_few(found.other)}: the data begin again" if found.other else "the data begin again",
+    ]
 
 
 def _check_nothing_lost(config, checkpoints: Path) -> None:
@@ -365,17 +364,17 @@ def _refusal(folder: Path, changed: dict | None, *, resume: bool, none: bool) ->
     if changed is None:
         differs = f"{folder} holds a run without a readable {_RESOLVED}, so that it may be of another recipe"
     else:
-        differs = f"{folder} holds another run: {_shown(changed)}"
+        differs = f"{folder} holds another run: {changes_text(changed)}"
     if none:
         no_use = "; there is no checkpoint to resume from" if resume else ""
         return f"{differs}{no_use}. {_WAYS_OUT.capitalize()}."
-    return f"{differs}. {_WAYS_OUT.capitalize()}, or go on with the run all the same with --resume."
+    return f"{differs}. {_WAYS_OUT.capitalize()}, or resume the run all the same with --resume."
 
 
 def identity(tables: Tables) -> Tables:
     """Of the settings of a run, those that say what is trained and on what data, which are known by content."""
     kept: Tables = {}
-    for table, key, value in recipe.entries(tables):
+    for table, key, value in entries(tables):
         if recipe.is_recipe_key(table, key) or (table == "dataloader" and key not in _READING):
             if key == "sources":
                 value = [{k: v for k, v in source.items() if k not in _BY_CONTENT} for source in value]
@@ -388,69 +387,6 @@ def recipe_hash(tables: Tables) -> str:
     """sha256 of what identifies a run."""
     canonical = json.dumps(identity(tables), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def named(tables: Tables) -> dict[str, Any]:
-    """Every single setting by the name that messages give it: ``[training] steps``, ``[optimizer] lr``."""
-    found: dict[str, Any] = {}
-    for table, key, value in recipe.entries(tables):
-        if table:
-            _add_leaves(found, f"[{table}] {key}", value)
-        else:
-            _add_leaves(found, key, value)
-    one_group = not any("param_groups[1]" in name for name in found)
-    prefix = "param_groups[0].optimizer_kwargs."
-    return {name.replace(prefix, "") if one_group else name: value for name, value in found.items()}
-
-
-def _add_leaves(found: dict[str, Any], name: str, value: Any) -> None:
-    if isinstance(value, dict) and value:
-        for key, entry in value.items():
-            _add_leaves(found, f"{name}.{key}" if name else key, entry)
-    elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
-        for index, entry in enumerate(value):
-            _add_leaves(found, f"{name}[{index}]", entry)
-    else:
-        found[name] = value
-
-
-def changes(before: Tables, now: Tables) -> dict[str, list[Any]]:
-    """Settings that differ, by name, as ``[before, now]``; None stands for one that is not there."""
-    return changed_values(named(before), named(now))
-
-
-def changed_values(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
-    """Entries that differ, as ``[old, new]``; None stands for one that is not there."""
-    names = [*old, *(name for name in new if name not in old)]
-    return {name: [old.get(name), new.get(name)] for name in names if old.get(name) != new.get(name)}
-
-
-def listed(parts: list[str], most: int = 3) -> str:
-    """The first few of some findings and how many more there are, as one line."""
-    more = f"; and {len(parts) - most} more" if len(parts) > most else ""
-    return "; ".join(parts[:most]) + more
-
-
-def _shown(changed: dict[str, list[Any]]) -> str:
-    return listed([f"{name}: {shown_setting(old)} -> {shown_setting(new)}" for name, (old, new) in changed.items()])
-
-
-def shown_setting(value: Any) -> str:
-    """A setting's value in a message; None is one that is not there."""
-    return "not set" if value is None else shown(value)
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a folder to ``<path>.1``, or the next number that is free; returns the new path.
-
-    Raises:
-        UserError: with the reason, if the folder cannot be renamed.
-    """
-    aside = free_path(path)
-    try:
-        return path.rename(aside)
-    except OSError as error:
-        raise UserError(f"{path} cannot be renamed to {aside}: {error.strerror}.") from None
 
 
 def _step_files(folder: Path) -> list[Path]:
@@ -467,43 +403,6 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [entry for entry in found if isinstance(entry, dict)]
-
-
-# Locks of this process; one is lost when its file is closed, also after it was opened again.
-_held: dict[Path, TextIO] = {}
-
-
-def _hold(folder: Path) -> None:
-    """Keep other processes out of a folder, if there is one, as long as this one lives.
-
-    torchrun that is killed leaves its ranks behind, which train on; they would write into the same checkpoints.
-    """
-    path, held = folder / _LOCK, _held.get(folder.resolve())
-    if not folder.is_dir() or (held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat())):
-        return
-    file = path.open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise UserError(f"{folder} is in use: {holder} trains there. End it first.") from None
-    except OSError as error:
-        logger.warning(f"{folder} cannot be locked ({error.strerror}): start one run there at a time.")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    _held[folder.resolve()] = file
-
-
-def _append_line(path: Path, text: str) -> None:
-    with path.open("a+b") as file:
-        # A line that a crash cut short ends here.
-        file.seek(max(file.tell() - 1, 0))
-        cut = file.read(1) not in (b"", b"\n")
-        file.write((b"\n" if cut else b"") + text.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read_data(folder: Path) -> list[dict[str, Any]]:
@@ -533,6 +432,14 @@ def _read_resolved(folder: Path) -> Tables | None:
     except (OSError, ValueError):
         return None
     return tables if tables.pop("resolved", False) is True else None
+
+
+def write_resolved(tables: Tables, folder: Path) -> None:
+    """Write ``resolved.toml`` (can be trained again) and ``resolved.json`` into a run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = "# The resolved configuration of a run; torchrun ... -m nitp_titan.train --recipe <this file>\n"
+    write_atomically(folder / _RESOLVED, head + tomli_w.dumps({"resolved": True, **tables}))
+    write_atomically(folder / "resolved.json", json.dumps(tables, indent=2) + "\n")
 
 
 def _with_defaults(tables: Tables, config) -> Tables:

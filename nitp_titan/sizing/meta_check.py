@@ -24,11 +24,12 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import get_peak_flops
 
 from nitp_titan.config import recipe
-from nitp_titan.config.parallelism import check_layout, data_parallel_ranks
+from nitp_titan.config.parallelism import check_parallelism, data_parallel_ranks
+from nitp_titan.config.trained import trained
 from nitp_titan.errors import UserError
+from nitp_titan.machine import cpu
 from nitp_titan.sizing.model_size import count_model, Counts
-from nitp_titan.training import cpu
-from nitp_titan.training.trainer import model_spec_with_nitp
+from nitp_titan.training.trainer import load_config
 
 # Share of a GPU's peak FLOPs that the expected cost assumes.
 ASSUMED_MFU = 0.4
@@ -103,9 +104,9 @@ def _run(job: Job) -> dict[str, Any]:
 
 
 def _figures(job: Job) -> dict[str, Any]:
-    config = recipe.load(job.recipe, job.train_config)
+    config = load_config(job.recipe, job.train_config)
     machine, training = config.machine, config.training
-    check_layout(config, machine.num_ranks)
+    check_parallelism(config, machine.num_ranks)
     counts, parts = _build(config, job.rank)
     local = sum(_local_size(part, tied=config.model_spec.model.enable_weight_tying) for part in parts)
     size = torch.empty([], dtype=TORCH_DTYPE_MAP[training.dtype]).element_size()
@@ -141,7 +142,7 @@ def counts_of(recipe_path: Path, train_config: Path) -> Counts:
     """Counts of a recipe's model, built on the meta device; no fake world is needed."""
     cpu.install()
     logger.setLevel(logging.ERROR)
-    config = recipe.load(recipe_path, train_config)
+    config = load_config(recipe_path, train_config)
     with torch.device("meta"):
         return count_model(_spec(config).model.build(), config.training.seq_len)
 
@@ -202,9 +203,8 @@ def _spec(config):
     emulated = dataclasses.replace(config.float8, emulate=True)
     eager = dataclasses.replace(config.compile, enable=False, enable_async_tensor_parallel=False)
     policy = config.activation_checkpoint if not config.compile.enable else None
-    return model_spec_with_nitp(
-        dataclasses.replace(config, float8=emulated, compile=eager, activation_checkpoint=policy)
-    )
+    changed = dataclasses.replace(config, float8=emulated, compile=eager, activation_checkpoint=policy)
+    return trained(changed).model_spec
 
 
 def _local_size(part: torch.nn.Module, *, tied: bool) -> int:

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from torch import nn
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.moe import GroupedExperts, MoE
+from torchtitan.models.common.moe import MoE
 
-from nitp_titan.objectives.adapter import PROJECTOR_PREFIX
+from nitp_titan.objectives.export import TRAINING_PREFIX
+from nitp_titan.objectives.parallelize import expert_parameters, matmul_parameters, modules_of_type, share_used
 
 
 @dataclass(frozen=True)
@@ -44,45 +44,17 @@ def count_model(model: Decoder, seq_len: int) -> Counts:
         seq_len: tokens of a sequence, which attention's FLOPs grow with.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    projector = sum(size for name, size in sizes.items() if name.startswith(PROJECTOR_PREFIX))
+    projector = sum(size for name, size in sizes.items() if name.startswith(TRAINING_PREFIX))
     total = sum(sizes.values()) - projector
-    idle = sum(_expert_parameters(moe) * (1 - _used(moe)) for moe in _of_type(model, MoE))
+    idle = sum(expert_parameters(moe) * (1 - share_used(moe)) for moe in modules_of_type(model, MoE))
     return Counts(
         parameters=total,
         activated_parameters=round(total - idle),
         projector_parameters=projector,
-        flops=round(6 * (_matmul_parameters(model) - projector)),
+        flops=round(6 * (matmul_parameters(model) - projector)),
         attention_flops=sum(_attention_flops(layer.attention, seq_len) for layer in model.config.layers),
         nitp_flops=6 * projector,
     )
-
-
-def projector_cost(model: Decoder) -> float:
-    """FLOPs of the projector as a multiple of those of a decoder layer, the mean over layers.
-
-    Args:
-        model: a whole built model with the NITP module, not parallelized.
-    """
-    layers = model.layers.values()
-    return _matmul_parameters(model.nitp) * len(layers) / sum(_matmul_parameters(layer) for layer in layers)
-
-
-def _matmul_parameters(module: nn.Module) -> float:
-    """Parameters that multiply the states of one token."""
-    linears = sum(linear.weight.numel() for linear in _of_type(module, nn.Linear))
-    return linears + sum(_expert_parameters(moe) * _used(moe) for moe in _of_type(module, MoE))
-
-
-def _of_type(model: nn.Module, kind: type) -> list:
-    return [module for module in model.modules() if isinstance(module, kind)]
-
-
-def _expert_parameters(moe: MoE) -> int:
-    return sum(p.numel() for experts in _of_type(moe, GroupedExperts) for p in experts.parameters())
-
-
-def _used(moe: MoE) -> float:
-    return moe.router.top_k / moe.router.num_experts
 
 
 def _attention_flops(attention, seq_len: int) -> int:

@@ -16,13 +16,33 @@ import torch.distributed as dist
 from torch import nn, Tensor
 from torch.distributed.tensor import DTensor
 
-from nitp_titan.config.sections import GuardConfig
-from nitp_titan.errors import UserError
-from nitp_titan.objectives.nitp import local
+from nitp_titan.errors import invalid, UserError
+from nitp_titan.objectives.objective import local
 from nitp_titan.training.metrics import NITPMetrics
 
 # Modules that only one part of the loss reaches.
 _PARTS = {"nitp": "nitp ", "lm_head": "ntp "}
+
+
+@dataclass(kw_only=True, slots=True)
+class BadStepsConfig:
+    """Bad steps: their loss or gradient, over all ranks, is not finite, or is a spike."""
+
+    max_skipped_steps: int = 0
+    """Bad steps that a run may leave out, resumed parts included, before it stops; 0 stops at the first."""
+
+    skip_above: float | None = None
+    """Norm of the gradient before clipping above which a step is a spike; none: only what is not finite is bad."""
+
+    def __post_init__(self) -> None:
+        self._require("max_skipped_steps", self.max_skipped_steps >= 0, "at least 0")
+        if self.skip_above is not None:
+            self._require("skip_above", 0 < self.skip_above < float("inf"), "a finite number above 0, or 'none'")
+            self._require("skip_above", self.max_skipped_steps > 0, "'none' while max_skipped_steps = 0 skips no step")
+
+    def _require(self, key: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise invalid("bad_steps", key, getattr(self, key), allowed)
 
 
 class StepSkipped(Exception):
@@ -57,17 +77,17 @@ class Finding:
     num_skipped: int = 0
 
 
-class Guard:
+class BadSteps:
     """Watches the loss and the gradient of every step, and the weights of every checkpoint.
 
     A step is bad if its loss or the norm of its gradient, over all ranks, is not finite, or if the norm is above
-    `[guard] skip_above`. All ranks judge by the same two numbers. Its methods are collectives.
+    `[bad_steps] skip_above`. All ranks judge by the same two numbers. Its methods are collectives.
 
     Args:
-        settings: the `[guard]` table.
+        settings: the `[bad_steps]` table.
         model_parts: as the trainer's.
-        num_losses: calls of `see` per step.
-        loss_figures: of `NITPLoss`, [micro-batches, 3]; None for NTP alone.
+        num_losses: calls of `observe` per step.
+        loss_stats: of `AuxiliaryLoss`, [micro-batches, 3]; None for NTP alone.
         has_loss: whether this rank computes a loss.
         num_loss_shares: ranks whose losses add up to the global one; other ranks repeat them.
         stage: of the pipeline.
@@ -78,11 +98,11 @@ class Guard:
 
     def __init__(
         self,
-        settings: GuardConfig,
+        settings: BadStepsConfig,
         *,
         model_parts: Sequence[nn.Module],
         num_losses: int,
-        loss_figures: Tensor | None,
+        loss_stats: Tensor | None,
         has_loss: bool,
         num_loss_shares: int,
         stage: int,
@@ -92,7 +112,7 @@ class Guard:
     ):
         self.settings, self.model_parts, self.metrics = settings, model_parts, metrics
         self.parameters = {name: p for part in model_parts for name, p in part.named_parameters() if p.requires_grad}
-        self.loss_figures, self.has_loss, self.num_loss_shares = loss_figures, has_loss, num_loss_shares
+        self.loss_stats, self.has_loss, self.num_loss_shares = loss_stats, has_loss, num_loss_shares
         self.stage, self.last_checkpoint = stage, last_checkpoint
         self.losses = torch.zeros(num_losses, device=device)
         self.backward = torch.zeros(1, device=device)
@@ -113,7 +133,7 @@ class Guard:
         self.backward.add_(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
     @torch.no_grad()
-    def see(self, step: int, loss: Tensor) -> None:
+    def observe(self, step: int, loss: Tensor) -> None:
         """Take in the loss of a part of a step, after its backward pass, and judge the step after the last part.
 
         Args:
@@ -131,7 +151,13 @@ class Guard:
             self._judge(step, self.measure().tolist())
 
     def measure(self) -> Tensor:
-        """A step's figures, float32 on the device: what `_judge` takes apart."""
+        """A step's numbers, float32 on the device; `_judge` takes them apart.
+
+        Returns:
+            [7 + parameters]: squared norm of the global gradient, 0 times the global loss; of this rank the loss, NTP
+            loss, auxiliary loss, norm of the auxiliary gradient of h, norm of the gradient of the embeddings, and of
+            each parameter's gradient.
+        """
         gradients = [local(p.grad) if p.grad is not None else self.backward.new_zeros(1) for p in self._all()]
         norms = _norms(gradients).to(self.device)
         if self._shares is None:
@@ -140,21 +166,21 @@ class Guard:
         verdict = torch.stack([(norms.square() * self._shares).sum(), (0 * self.losses).sum()])
         if dist.get_world_size() > 1:
             dist.all_reduce(verdict)
-        parts = self.loss_figures.sum(0) if self.loss_figures is not None else verdict.new_zeros(3)
-        figures = torch.cat([verdict, self.losses.sum()[None], parts, self.backward, norms])
+        parts = self.loss_stats.sum(0) if self.loss_stats is not None else verdict.new_zeros(3)
+        numbers = torch.cat([verdict, self.losses.sum()[None], parts, self.backward, norms])
         self.backward.zero_()
-        return figures
+        return numbers
 
     def _all(self) -> list[nn.Parameter]:
         return list(self.parameters.values())
 
-    def _judge(self, step: int, figures: list[float]) -> None:
-        square, loss, total, ntp, nitp, nitp_gradient, backward, *norms = figures
+    def _judge(self, step: int, numbers: list[float]) -> None:
+        square, loss, total, ntp, nitp, nitp_gradient, backward, *norms = numbers
         gradient = math.sqrt(square) if square >= 0 else math.nan
         limit = math.inf if self.settings.skip_above is None else self.settings.skip_above
         if math.isfinite(loss) and math.isfinite(gradient) and gradient <= limit:
             return
-        losses = {"ntp": total} if self.loss_figures is None else {"ntp": ntp, "nitp": nitp}
+        losses = {"ntp": total} if self.loss_stats is None else {"ntp": ntp, "nitp": nitp}
         findings = self._gather(
             Finding(
                 losses=losses if self.has_loss else {},
@@ -167,7 +193,7 @@ class Guard:
         reason = describe(findings, gradient=gradient, limit=limit, num_loss_shares=self.num_loss_shares)
         num_skipped, most = max(finding.num_skipped for finding in findings), self.settings.max_skipped_steps
         if num_skipped >= most:
-            before = f"; {num_skipped} skipped before, [guard] max_skipped_steps = {most}"
+            before = f"; {num_skipped} skipped before, [bad_steps] max_skipped_steps = {most}"
             self._stop(step, reason + (before if num_skipped else ""))
         self.metrics.log_skipped(step, f"step {step} skipped ({num_skipped + 1} of {most}): {reason}")
         self._forget_routing()
@@ -181,7 +207,7 @@ class Guard:
                     buffer.zero_()
 
     @torch.no_grad()
-    def verify_weights(self, step: int, dtype: torch.dtype | None) -> None:
+    def check_weights(self, step: int, dtype: torch.dtype | None) -> None:
         """Look at the weights themselves, before a checkpoint is written.
 
         Args:
@@ -258,8 +284,8 @@ def describe(findings: list[Finding], *, gradient: float, limit: float, num_loss
     Args:
         findings: of all ranks, in their order.
         gradient: its global norm.
-        limit: `[guard] skip_above`; infinity for none.
-        num_loss_shares: as in `Guard`.
+        limit: `[bad_steps] skip_above`; infinity for none.
+        num_loss_shares: as in `BadSteps`.
     """
     if math.isfinite(gradient) and gradient > limit:
         return f"gradient norm {gradient:.1f} above {limit:g}"

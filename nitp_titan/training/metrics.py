@@ -21,8 +21,11 @@ from torchtitan.components.metrics import (
 )
 from torchtitan.tools.logging import logger
 
-from nitp_titan.geometry.tracker import GeometryMeter, HIDDEN
-from nitp_titan.metrics_file import MetricsFile, read_records, STEP_FILES
+from nitp_titan.config.schedules import V_SHAPED
+from nitp_titan.geometry.tracker import GeometryTracker
+from nitp_titan.objectives.sites import HIDDEN
+from nitp_titan.progress import time_left
+from nitp_titan.step_files import read_records, STEP_FILES, StepFile
 
 # Our name in metrics.jsonl <- TorchTitan's key.
 _RECORD = {
@@ -41,7 +44,7 @@ _RECORD = {
 _VALIDATION = {"ntp_loss": "validation_metrics/loss"}
 _SKIPPED_VALIDATION = "validation_metrics/skipped"
 # Files with a line per validation.
-_OF_VALIDATION = ("validation", "probe")
+_OF_VALIDATION = ("validation", "validation_geometry")
 
 # The paper's Figure 1 and Figure 5 as one page of TensorBoard's custom scalars.
 _TENSORBOARD_LAYOUT = {
@@ -70,14 +73,14 @@ class NITPMetrics(MetricsProcessor):
             if config.enable_wandb and value is not None:
                 # The only way to TorchTitan's logger.
                 os.environ.setdefault(variable, value)
-        if kwargs.get("pp_schedule") == "DualPipeV":
-            # Its last stage is on rank 0 too, which TorchTitan knows of the other V-shaped schedule only.
+        if kwargs.get("pp_schedule") in V_SHAPED:
+            # The last stage is on rank 0 too, which TorchTitan knows of one V-shaped schedule only.
             kwargs["pp_schedule"] = "ZBVZeroBubble"
         super().__init__(config, dump_folder=dump_folder, parallel_dims=parallel_dims, **kwargs)
         self.last_step = kwargs["config_dict"]["training"]["steps"]
-        self.loss_parts: Callable[[], Tensor] | None = None
-        self.meter: GeometryMeter | None = None
-        self.files: list[MetricsFile] = []
+        self.global_losses: Callable[[], Tensor] | None = None
+        self.tracker: GeometryTracker | None = None
+        self.files: list[StepFile] = []
         self._begun = False
         self.console: ConsoleLogger | None = None
         self.num_skipped = 0
@@ -104,8 +107,10 @@ class NITPMetrics(MetricsProcessor):
         return container
 
     def _add_local_loggers(self, folder: Path) -> None:
-        self.files = [MetricsFile(folder / f"{name}.jsonl") for name in STEP_FILES]
-        metrics_file, self.validation_file, self.geometry_file, self.probe_file, self.skipped_file = self.files
+        self.files = [StepFile(folder / f"{name}.jsonl") for name in STEP_FILES]
+        metrics_file, self.validation_file, self.geometry_file, self.validation_geometry_file, self.skipped_file = (
+            self.files
+        )
         training, validation = RecordLogger(metrics_file, _RECORD), RecordLogger(self.validation_file, _VALIDATION)
         container = LoggerContainer()
         container.add_logger(self.logger)
@@ -130,14 +135,14 @@ class NITPMetrics(MetricsProcessor):
 
     def should_log(self, step: int) -> bool:
         """Steps of `[metrics] log_freq`, those whose geometry is measured and the last one."""
-        measured = self.meter is not None and self.meter.due(step)
+        measured = self.tracker is not None and self.tracker.due(step)
         return super().should_log(step) or measured or step == self.last_step
 
     def has_validated(self, step: int) -> bool:
-        """Whether a step's validation, with its probe, is in the files; False on ranks that write none."""
+        """Whether a step's validation, with its geometry, is in the files; False on ranks that write none."""
         files = [self.validation_file] if self.console is not None else []
-        if files and self.meter is not None and self.meter.settings.probe_batches:
-            files.append(self.probe_file)
+        if files and self.tracker is not None and self.tracker.settings.validation_batches:
+            files.append(self.validation_geometry_file)
         return bool(files) and all(
             file.path.exists()
             and any(record["step"] == step and "skipped" not in record for record in read_records(file.path))
@@ -162,13 +167,15 @@ class NITPMetrics(MetricsProcessor):
             self.logger.log({_SKIPPED_VALIDATION: 1}, step)
             logger.warning(f"step {step}: the validation is left out, training goes on. {reason}")
 
-    def log_probe(self, step: int, figures: dict[str, dict[str, Any]]) -> None:
+    def log_validation_geometry(self, step: int, stats: dict[str, dict[str, Any]]) -> None:
         """Log the geometry of the fixed validation batches, measured at a step."""
-        if self.console is not None and figures:
-            self.probe_file.append({"step": step, **figures})
-            self.logger.log(_scalars("probe", figures), step)
-            if hidden := figures.get(HIDDEN):
-                logger.info(f"probe step {step}  erank {hidden['effective_rank']:.2f}  cos {hidden['cosine']:z.4f}")
+        if self.console is not None and stats:
+            self.validation_geometry_file.append({"step": step, **stats})
+            self.logger.log(_scalars("validation_geometry", stats), step)
+            if hidden := stats.get(HIDDEN):
+                logger.info(
+                    f"validation step {step}  erank {hidden['effective_rank']:.2f}  cos {hidden['cosine']:z.4f}"
+                )
 
     def log(
         self,
@@ -184,15 +191,15 @@ class NITPMetrics(MetricsProcessor):
             self.resume(0, last_validation=0)
         extra = dict(extra_metrics or {})
         extra["loss_metrics/ntp_loss"] = global_avg_loss
-        if self.loss_parts is not None:
+        if self.global_losses is not None:
             # The one host synchronisation of the NITP metrics, on logged steps only.
-            ntp, nitp = self.loss_parts().tolist()
+            ntp, nitp = self.global_losses().tolist()
             extra["loss_metrics/ntp_loss"], extra["loss_metrics/nitp_loss"] = ntp, nitp
-        if self.meter is not None and self.meter.active:
-            figures = self.meter.finish(self.rank)
-            if figures:
-                self.geometry_file.append({"step": step, **figures})
-                extra |= _scalars("geometry", figures)
+        if self.tracker is not None and self.tracker.active:
+            stats = self.tracker.reduce(self.rank)
+            if stats:
+                self.geometry_file.append({"step": step, **stats})
+                extra |= _scalars("geometry", stats)
         learning_rates = [value for key, value in extra.items() if key.startswith("lr/")]
         if learning_rates:
             extra["lr"] = learning_rates[0]
@@ -209,11 +216,11 @@ class NITPMetrics(MetricsProcessor):
             logger.info(self.console.line)
 
 
-def _scalars(group: str, figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _scalars(group: str, stats: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Figures by state as tags of trackers, without the spectra."""
     return {
         f"{group}/{state}/{name}": value
-        for state, values in figures.items()
+        for state, values in stats.items()
         for name, value in values.items()
         if name != "spectrum"
     }
@@ -260,7 +267,7 @@ class TensorBoard(BaseLogger):
 
 
 class RecordLogger(BaseLogger):
-    """Writes the figures of a step to a `MetricsFile` under our names.
+    """Writes the stats of a step to a `StepFile` under our names.
 
     Args:
         file: where to.
@@ -268,13 +275,13 @@ class RecordLogger(BaseLogger):
             key are not of this file and are passed over.
     """
 
-    def __init__(self, file: MetricsFile, names: dict[str, str]):
+    def __init__(self, file: StepFile, names: dict[str, str]):
         self.file, self.names = file, names
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         if next(iter(self.names.values())) in metrics:
-            figures = {ours: metrics[key] for ours, key in self.names.items() if key in metrics}
-            self.file.append({"step": step, **figures})
+            stats = {ours: metrics[key] for ours, key in self.names.items() if key in metrics}
+            self.file.append({"step": step, **stats})
 
     def close(self) -> None:
         self.file.close()
@@ -307,12 +314,3 @@ class ConsoleLogger(BaseLogger):
             f"left {time_left(seconds_left)}",
         ]
         self.line = "  ".join(part for part in parts if part)
-
-
-def time_left(seconds: float) -> str:
-    """Duration as the two largest units, for example ``3m05s``."""
-    minutes, secs = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"

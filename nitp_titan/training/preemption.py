@@ -14,12 +14,12 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from nitp_titan import errors
+from nitp_titan.machine import exits
 
-STOPPED = 75
+EXIT_PREEMPTED = 75
 """Exit status of a run that saved a checkpoint because it was told to stop; ``EX_TEMPFAIL`` of sysexits.h."""
 
-STOPPED_FILE = "NITP_STOPPED_FILE"
+PREEMPTED_FILE = "NITP_PREEMPTED_FILE"
 """Environment variable: file that is made when a run has stopped so, for `nitp_titan.torchrun`."""
 
 # TorchTitan's, which the launcher does not import.
@@ -34,15 +34,15 @@ _SECONDS_TO_END = 5.0
 _TAG = 75
 
 
-class StopSignal:
+class PreemptionSignal:
     """Whether any rank was sent SIGTERM or SIGINT (Ctrl-C), known to all ranks at the same step.
 
     Signals reach ranks at different times. Each step sums a flag over the ranks on the CPU while the step computes, and
     the sum is looked at one step later: no rank waits for it, nor does any device. A second signal ends the process at
     once, whatever it is doing.
 
-        with StopSignal(group) as stop:
-            while not stop.agreed():
+        with PreemptionSignal(group) as stop:
+            while not stop.should_stop():
                 ...
 
     Args:
@@ -60,9 +60,9 @@ class StopSignal:
         self._work: dist.Work | None = None
         self._num_ranks = torch.zeros((), dtype=torch.int64)
         self._before: dict[int, object] = {}
-        self._file = Path(os.environ[STOPPED_FILE]) if STOPPED_FILE in os.environ else None
+        self._file = Path(os.environ[PREEMPTED_FILE]) if PREEMPTED_FILE in os.environ else None
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> "PreemptionSignal":
         if self._file is not None:
             # torchrun may have restarted a run that had stopped.
             self._file.unlink(missing_ok=True)
@@ -90,7 +90,7 @@ class StopSignal:
         self.received, self.number = True, signal.Signals(number)
         self.reason = _SIGNALS[self.number]
 
-    def agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """Called once a step by every rank: whether some rank had received the signal one step ago."""
         if self._group is None:
             return self.received
@@ -102,7 +102,7 @@ class StopSignal:
         self._work = dist.all_reduce(self._num_ranks, group=self._group, async_op=True)
         return agreed
 
-    def announce(self) -> None:
+    def mark_saved(self) -> None:
         """Tell the launcher of this node that its ranks have saved and stop."""
         if self._file is not None:
             self._file.touch()
@@ -160,8 +160,8 @@ def _wait_for_message(expected: dist.Work, over: threading.Event) -> None:
         expected.wait(timedelta(days=365))
     except RuntimeError:
         if not over.wait(_SECONDS_TO_END):
-            message = errors.lost_message()
-            errors.tell_torchrun(message, delay=errors.LATER)
+            message = exits.lost_message()
+            exits.tell_torchrun(message, delay=exits.LATER)
             _end_at_once(message, 1)
 
 

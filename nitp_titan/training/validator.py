@@ -15,9 +15,10 @@ from torchtitan.components.validate import Validator
 from torchtitan.tools.logging import logger
 
 from nitp_titan.data.loader import TextDataLoader
-from nitp_titan.errors import Away, UserError
-from nitp_titan.geometry.tracker import GeometryMeter
-from nitp_titan.runs.agreement import largest
+from nitp_titan.errors import UserError
+from nitp_titan.geometry.tracker import GeometryTracker
+from nitp_titan.machine.failures import Away
+from nitp_titan.runs.ranks import largest
 
 TABLE = "validator.dataloader"
 # Seconds between tries of a source that does not answer, in one validation; about a minute together.
@@ -36,7 +37,7 @@ class ValidationStopped(Exception):
     """A rank was told to stop; raised on all ranks alike."""
 
 
-class ProbingValidator(Validator):
+class NITPValidator(Validator):
     """TorchTitan's Validator on the same sequences each time, whatever the number of ranks; measures geometry too.
 
     The sources of the data are opened once. One that does not answer is waited for, then the validation is left out on
@@ -65,8 +66,8 @@ class ProbingValidator(Validator):
         # TorchTitan warns that ranks may hang at the end of the data; ours agree on it.
         super().__init__(dataclasses.replace(config, steps=1), **kwargs)
         self.config = config
-        self.meter: GeometryMeter | None = None
-        self.last_step, self.num_probed = None, 0
+        self.tracker: GeometryTracker | None = None
+        self.last_step, self.num_measured = None, 0
         self.stopped = False
         """Whether a validation has ended early, since a rank was told to stop; the same on all ranks."""
         # On the CPU: nothing waits on a device while a rank waits for its data.
@@ -74,21 +75,26 @@ class ProbingValidator(Validator):
         # `Validator.validate` builds its loader from this.
         self.dl_config = ValidationData(config.dataloader, self.group, self._microbatches_per_batch())
 
-    def prepare(
-        self, *, last_step: int, batches_per_step: int, meter: GeometryMeter | None, told_to_stop: Callable[[], bool]
+    def attach(
+        self,
+        *,
+        last_step: int,
+        batches_per_step: int,
+        tracker: GeometryTracker | None,
+        told_to_stop: Callable[[], bool],
     ) -> None:
         """Take in what only the trainer knows.
 
         Args:
             last_step: of training; it is validated too.
             batches_per_step: batches of a rank that make up its share of a global batch.
-            meter: of geometry; None measures none.
+            tracker: of geometry; None measures none.
             told_to_stop: whether this rank was told to stop training.
         """
-        self.last_step, self.meter = last_step, meter
+        self.last_step, self.tracker = last_step, tracker
         self.dl_config.told_to_stop = told_to_stop
-        if meter is not None:
-            self.num_probed = meter.settings.probe_batches * batches_per_step * self._microbatches_per_batch()
+        if tracker is not None:
+            self.num_measured = tracker.settings.validation_batches * batches_per_step * self._microbatches_per_batch()
         if self.config.steps != -1:
             self.config = dataclasses.replace(self.config, steps=self.config.steps * batches_per_step)
 
@@ -98,31 +104,31 @@ class ProbingValidator(Validator):
 
     def post_dataloading_process(self, input_dict, labels, model_parts):
         inputs, passed_labels, extra = super().post_dataloading_process(input_dict, labels, model_parts)
-        if self.meter is not None:
-            self.meter.expect(input_dict["positions"], labels, passed=(extra["positions"], passed_labels))
+        if self.tracker is not None:
+            self.tracker.start_microbatch(input_dict["positions"], labels, passed=(extra["positions"], passed_labels))
         return inputs, passed_labels, extra
 
     def validate(self, model_parts, step: int) -> None:
-        """As `Validator.validate`; measures the first batches, the same each time, so that arms can be compared.
+        """As `Validator.validate`; measures the first batches, the same each time, so that runs can be compared.
 
-        Of a validation that `stopped` nothing is recorded: the run that goes on does it again.
+        Of a validation that `stopped` nothing is recorded: the run that resumes does it again.
         """
-        if self.num_probed:
-            self.meter.measure(self.num_probed, seed=self.meter.settings.seed)
+        if self.num_measured:
+            self.tracker.start(self.num_measured, seed=self.tracker.settings.seed)
         try:
             super().validate(model_parts, step)
         except (ValidationSkipped, ValidationStopped) as end:
             for model in model_parts:
                 model.train()
-            if self.num_probed:
-                self.meter.active = False
+            if self.num_measured:
+                self.tracker.active = False
             if isinstance(end, ValidationSkipped):
                 self.metrics_processor.log_skipped_validation(step, str(end))
             else:
                 self.stopped = True
             return
-        if self.num_probed:
-            self.metrics_processor.log_probe(step, self.meter.finish(self.metrics_processor.rank))
+        if self.num_measured:
+            self.metrics_processor.log_validation_geometry(step, self.tracker.reduce(self.metrics_processor.rank))
 
     def _microbatches_per_batch(self) -> int:
         if not self.parallel_dims.pp_enabled:

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors
 from nitp_titan.config import recipe
-from nitp_titan.errors import nearest, UserError
+from nitp_titan.errors import nearest_choice, UserError
+from nitp_titan.machine import exits
 
 PARTS = ("measured", "full_size", "growth")
 
@@ -46,7 +46,7 @@ def main() -> None:
             raise UserError(f"--{name} {value}: it must be at least {least}.")
     for folder, name in (("recipes", arguments.recipe), ("train_configs", arguments.train_config)):
         if name is not None and not recipe.find(name, folder).is_file():
-            raise UserError(f"{name} is not among the {folder}.{nearest(name, recipe.available(folder))}")
+            raise UserError(f"{name} is not among the {folder}.{nearest_choice(name, recipe.available(folder))}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("without torchrun: one process, as several models in one world of ranks do not get along.")
 
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="the parts that were finished are kept; --only gives the others.")
+    exits.run(main, kept="the parts that were finished are kept; --only gives the others.")

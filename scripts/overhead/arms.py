@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torchtitan.models.deepseek_v3.mtp import MTPLoss
 
-from nitp_titan.config import recipe
-from nitp_titan.config.sections import NITPConfig
 from nitp_titan.errors import UserError
-from nitp_titan.training import cpu
+from nitp_titan.machine import cpu
+from nitp_titan.objectives.settings import NITPConfig
+from nitp_titan.training.trainer import load_config
 from overhead.mtp import with_mtp
 
 NAMES = ("NTP", "NITP", "MTP")
@@ -29,7 +29,7 @@ def arm_configs(recipe_path: Path, train_config: Path, **changes) -> dict:
         UserError: if the recipe does not train NITP.
     """
     cpu.install()
-    config = recipe.load(recipe_path, train_config)
+    config = load_config(recipe_path, train_config)
     if not config.nitp.enabled:
         raise UserError(f"{recipe_path}: [nitp] weight = 0; the cost of NITP is measured with a NITP recipe.")
     off = {

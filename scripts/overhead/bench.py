@@ -14,9 +14,10 @@ import torch
 from nitp_titan.config import recipe
 from nitp_titan.data.assets import prepare_stdlib_assets
 from nitp_titan.data.loader import TextDataLoader
+from nitp_titan.machine import cpu
 from nitp_titan.runs import provenance
 from nitp_titan.sizing import meta_check
-from nitp_titan.training import cpu
+from nitp_titan.training.trainer import load_config
 from overhead import counted
 from overhead.arms import arm_configs, NAMES
 from overhead.measure import measure, peak_bytes
@@ -66,7 +67,7 @@ def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: i
     recipe_name = recipe_name or ("overhead/nitp_ratio_9b" if on_cpu else _largest_that_fits(train_config))
     paths = recipe.find(recipe_name, "recipes"), recipe.find(train_config, "train_configs")
     prepare_stdlib_assets(Path(_ASSETS))
-    configs = arm_configs(*paths, **_changes(recipe.load(*paths)))
+    configs = arm_configs(*paths, **_changes(load_config(*paths)))
     settings = {}
     for name, changed in _settings(configs, on_cpu):
         say(f"{recipe_name}, {name}: {', '.join(changed)}")

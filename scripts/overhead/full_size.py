@@ -33,13 +33,14 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools.logging import logger
 
 from nitp_titan.config import recipe
-from nitp_titan.config.parallelism import check_layout, data_parallel_ranks
+from nitp_titan.config.parallelism import check_parallelism, data_parallel_ranks
+from nitp_titan.config.trained import trained
+from nitp_titan.machine import cpu
 from nitp_titan.models import llama3
 from nitp_titan.sizing import kernels
 from nitp_titan.sizing.model_size import count_model, Counts
 from nitp_titan.sizing.trace import Cost, preset_gradients, trace
-from nitp_titan.training import cpu
-from nitp_titan.training.trainer import loss_with_nitp, model_spec_with_nitp, NITPTrainer
+from nitp_titan.training.trainer import load_config, NITPTrainer
 from overhead.arms import arm_configs
 
 CHECKPOINTING = {"none": None, "selective": kernels.KernelSelectiveAC.Config(), "full": FullAC.Config()}
@@ -142,7 +143,7 @@ def count(case: Case) -> Result:
 
 def _config(case: Case) -> NITPTrainer.Config:
     path, machine = recipe.find(case.recipe, "recipes"), recipe.find("h100x8", "train_configs")
-    base = recipe.load(path, machine)
+    base = load_config(path, machine)
     spec = base.model_spec
     if case.shape:
         spec = dataclasses.replace(spec, model=llama3.FLAVORS[spec.flavor](attn_backend="flex", **case.shape))
@@ -159,8 +160,8 @@ def _config(case: Case) -> NITPTrainer.Config:
     ranks = data_parallel_ranks(parallelism, case.num_ranks)
     training = dataclasses.replace(base.training, seq_len=case.seq_len, local_batch_size=1, global_batch_size=ranks)
     config = dataclasses.replace(config, parallelism=parallelism, training=training)
-    check_layout(config, case.num_ranks)
-    config = dataclasses.replace(config, model_spec=model_spec_with_nitp(config), loss=loss_with_nitp(config))
+    check_parallelism(config, case.num_ranks)
+    config = dataclasses.replace(config, model_spec=trained(config).model_spec, loss=trained(config).loss)
     config.model_spec.model.update_from_config(config=config)
     apply_overrides(config.override, config)
     return config
@@ -217,7 +218,7 @@ def _step(
     context = dist_utils.get_spmd_context(parallel_dims=parallel_dims)
     if config.nitp.enabled:
         loss_fn.prepare(model.nitp.projector, num_microbatches=1, device=tokens.device)
-        loss_fn.set_step(weight=config.nitp.weight, num_terms=num_tokens)
+        loss_fn.begin_step(weight=config.nitp.weight, num_terms=num_tokens)
 
     def step() -> None:
         with context():

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from nitp_titan.errors import UserError
 from nitp_titan.markdown import table
 from nitp_titan.report.drawing import Drawing
-from nitp_titan.report.figures import COLORS
 from nitp_titan.report.folder import write_page
+from nitp_titan.report.plots import COLORS
 
 Figures = dict[str, Any]
 

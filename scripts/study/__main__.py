@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import _checkout  # noqa: F401
 
-from nitp_titan import errors
 from nitp_titan.cli.launch import Arm, stop_all
 from nitp_titan.config import recipe
 from nitp_titan.data.assets import prepare_stdlib_assets
-from nitp_titan.errors import nearest, UserError
-from nitp_titan.training.metrics import time_left
+from nitp_titan.errors import nearest_choice, UserError
+from nitp_titan.machine import exits
+from nitp_titan.progress import time_left
 from study.report import mechanisms_table, read_study
 
 SEEDS = (1, 2, 3)
@@ -70,7 +70,7 @@ def main() -> None:
     available = sorted(path.stem for path in (recipe.PROJECT / "recipes/study").glob("*.toml"))
     for name in arguments.arm or []:
         if name not in available:
-            raise UserError(f"--arm {name}: there is no such recipe in recipes/study.{nearest(name, available)}")
+            raise UserError(f"--arm {name}: there is no such recipe in recipes/study.{nearest_choice(name, available)}")
     if not 1 <= arguments.parallel <= cores:
         raise UserError(f"--parallel {arguments.parallel}: 1 to {cores}, the number of cores.")
     names = arguments.arm or [name for name in available if arguments.all or name not in LONGER]
@@ -123,4 +123,4 @@ def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="runs keep what they have saved; the same command goes on.")
+    exits.run(main, kept="runs keep what they have saved; the same command goes on.")

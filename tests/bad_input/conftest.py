@@ -56,7 +56,7 @@ def entry(project, monkeypatch):
     from torchtitan.trainer import Trainer
 
     from nitp_titan import train
-    from nitp_titan.training import cpu
+    from nitp_titan.machine import cpu
 
     def build(self, config):
         raise Accepted

@@ -26,7 +26,7 @@ def start(entry, machine, monkeypatch):
 
 
 def test_values_are_called_as_the_messages_call_them(start):
-    optional = ["--guard.skip_above", "none", "--lr_scheduler.decay_ratio", "None", "--nitp.projector", "none"]
+    optional = ["--bad_steps.skip_above", "none", "--lr_scheduler.decay_ratio", "None", "--nitp.projector", "none"]
     fields = ["--dataloader.text_field", "question", "answer", "--optimizer.weight-decay", "0.25"]
     end, config = start(*optional, *fields)
     assert config is not None, end

@@ -28,8 +28,8 @@ import _checkout  # noqa: F401
 from chaos.campaign import Campaign, Settings
 from chaos.moments import MOMENTS
 from chaos.trials import by_moment, table
-from nitp_titan import errors
 from nitp_titan.errors import UserError
+from nitp_titan.machine import exits
 
 
 def main() -> None:
@@ -84,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, kept="what was started is ended.")
+    exits.run(main, kept="what was started is ended.")

@@ -19,7 +19,7 @@ from chaos.process_tree import ProcessTree
 from chaos.same_run import compare
 from chaos.trials import Trial
 from nitp_titan.config import recipe
-from nitp_titan.errors import nearest, UserError
+from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.files import sha256
 
 # Of a moment that was missed.
@@ -53,7 +53,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in self.moments:
             if name not in MOMENTS:
-                raise UserError(f"--moment '{name}': there is no such moment.{nearest(name, list(MOMENTS))}")
+                raise UserError(f"--moment '{name}': there is no such moment.{nearest_choice(name, list(MOMENTS))}")
         for option, value, allowed in (
             ("--ranks", self.num_ranks, (1, 2, 4)),
             ("--interval", self.interval, range(2, self.steps + 1)),

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torchtitan.components.optimizer import default_adamw
 
 from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.config.sections import ModelConfig
 from nitp_titan.errors import UserError
 from nitp_titan.export.export import Export
+from nitp_titan.models.settings import ModelConfig
 
 TRAINING = {"seq_len": 128, "local_batch_size": 2, "global_batch_size": 2, "steps": 3, "max_norm": 1e9}
 NTP, NITP = {"weight": 0.0}, {"weight": 20.0}

@@ -18,8 +18,8 @@ from nitp_titan.checkpoint.resume import check_data
 from nitp_titan.checkpoint.steps import complete_steps
 from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.errors import UserError
-from nitp_titan.metrics_file import read_records
-from nitp_titan.training import quiet
+from nitp_titan.machine import quiet
+from nitp_titan.step_files import read_records
 
 
 @pytest.fixture(scope="module")

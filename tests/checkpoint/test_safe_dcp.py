@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from nitp_titan.checkpoint import safe_dcp
 from nitp_titan.checkpoint.initial_load import check_initial_load
 from nitp_titan.checkpoint.stored import Checkpoint
+from nitp_titan.config.trained import trained
 from nitp_titan.errors import UserError
 from nitp_titan.export.export import Export
 from nitp_titan.models import meta_tensors
-from nitp_titan.training.trainer import model_spec_with_nitp
 
 SETTINGS = {"generated_data": False, "training": {"seq_len": 128, "local_batch_size": 2, "global_batch_size": 2}}
 
@@ -92,7 +92,7 @@ def _start_from_remote(trainer, step: Path):
 
 def _check_start(trainer, step: Path):
     config = make_config(step / "nothing", checkpoint={"enable": True, "initial_load_path": str(step)}, **SETTINGS)
-    spec = model_spec_with_nitp(config)
+    spec = trained(config).model_spec
     check_initial_load(config, spec, meta_tensors(spec))
 
 

@@ -7,8 +7,9 @@ from helpers import make_config
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torchtitan.components.optimizer import ParamGroupConfig
 
-from nitp_titan.config.constraints import OPTIMIZER_RANGES, RANGES
-from nitp_titan.errors import upstream_refusals, UserError
+from nitp_titan.config.constraints import OPTIMIZER_CONSTRAINTS, RANGES
+from nitp_titan.config.refusals import upstream_refusals
+from nitp_titan.errors import UserError
 
 
 def test_every_pipeline_schedule_that_may_be_named_is_one_of_torch():
@@ -90,7 +91,7 @@ def test_a_setting_out_of_its_range_is_refused_wherever_it_comes_from(tmp_path, 
 def test_a_group_of_parameters_that_no_optimizer_takes_is_refused(tmp_path, change, message):
     config = make_config(tmp_path)
     (group,) = config.optimizer.param_groups
-    assert set(OPTIMIZER_RANGES) <= set(group.optimizer_kwargs)
+    assert set(OPTIMIZER_CONSTRAINTS) <= set(group.optimizer_kwargs)
     with pytest.raises(UserError, match=message):
         make_config(tmp_path, optimizer={"param_groups": [dataclasses.replace(group, **change)]})
     with pytest.raises(UserError, match=r"param_groups = \[\], but it must be a list of at least one group"):

@@ -9,7 +9,7 @@ from helpers import make_config, parameters, saved_run
 from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.errors import UserError
 from nitp_titan.export.export import Export
-from nitp_titan.training.cpu import DENSE_ATTENTION
+from nitp_titan.machine.cpu import DENSE_ATTENTION
 
 GATED = {"override": {"imports": [DENSE_ATTENTION, "odd_overrides.gated"]}, "generated_data": False}
 GATE = "layers.1.feed_forward.gate.weight"
@@ -52,8 +52,8 @@ def test_an_export_at_the_end_is_refused_at_the_start(assets, tmp_path):
     ("entry", "message"),
     [
         (
-            "nitp_titan.training.cpu.dense_flex_atention",
-            r"names no registered @override. Did you mean 'nitp_titan.training.cpu",
+            "nitp_titan.machine.cpu.dense_flex_atention",
+            r"names no registered @override. Did you mean 'nitp_titan.machine.cpu",
         ),
         ("no_such_module.x", r"module 'no_such_module' could not be imported"),
         (("odd_overrides.gated", {"width": 3}), r"gated\(\) got an unexpected keyword argument 'width'"),

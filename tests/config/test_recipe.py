@@ -13,6 +13,7 @@ from nitp_titan import config_registry
 from nitp_titan.cli import catalog
 from nitp_titan.config import build, recipe
 from nitp_titan.errors import UserError
+from nitp_titan.training.trainer import load_config
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPES = recipe.available("recipes")
@@ -33,7 +34,7 @@ def test_extends_is_one_level_deep_and_stays_among_recipes(tmp_path):
     (tmp_path / "lost.toml").write_text('extends = "bse.toml"\n')
     (tmp_path / "odd.toml").write_text("extends = 3\n")
     (tmp_path / "machine.toml").write_text(GOOD_TRAIN_CONFIG)
-    config = recipe.load(tmp_path / "child.toml", tmp_path / "machine.toml")
+    config = load_config(tmp_path / "child.toml", tmp_path / "machine.toml")
     assert (config.nitp.weight, config.nitp.target_layer) == (0.5, 2)
     for name, message in {
         "grandchild": "one level only",
@@ -41,7 +42,7 @@ def test_extends_is_one_level_deep_and_stays_among_recipes(tmp_path):
         "odd": "extends = 3, but it must be the path",
     }.items():
         with pytest.raises(UserError, match=message):
-            recipe.load(tmp_path / f"{name}.toml", tmp_path / "machine.toml")
+            load_config(tmp_path / f"{name}.toml", tmp_path / "machine.toml")
 
 
 def test_a_mistake_in_a_base_recipe_names_the_base(tmp_path):
@@ -49,7 +50,7 @@ def test_a_mistake_in_a_base_recipe_names_the_base(tmp_path):
     (tmp_path / "child.toml").write_text('extends = "base.toml"\n')
     (tmp_path / "machine.toml").write_text(GOOD_TRAIN_CONFIG)
     with pytest.raises(UserError, match=r"base.toml: \[training\] steps = 0"):
-        recipe.load(tmp_path / "child.toml", tmp_path / "machine.toml")
+        load_config(tmp_path / "child.toml", tmp_path / "machine.toml")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_the_resolved_recipe_gives_the_same_configuration_again(files, tmp_path,
     emulate = true
     filter_fqns = ["lm_head", "nitp.projector"]
     [override]
-    imports = ["nitp_titan.training.cpu.dense_flex_attention"]
+    imports = ["nitp_titan.machine.cpu.dense_flex_attention"]
     [dataloader]
     subset = "en"
     [checkpoint]
@@ -115,20 +116,20 @@ def test_the_resolved_recipe_gives_the_same_configuration_again(files, tmp_path,
     assert config.parallelism.context_parallel_load_balancer is None
     assert config.checkpoint.initial_load_path == str(Path("outputs/seed").absolute())
     recipe.write_resolved(config, tmp_path / "run")
-    again = recipe.load(tmp_path / "run/resolved.toml", None)
+    again = load_config(tmp_path / "run/resolved.toml", None)
     for field in dataclasses.fields(config):
         if field.name != "model_spec":
             assert getattr(again, field.name) == getattr(config, field.name), field.name
     assert (again.model_spec.name, again.model_spec.flavor) == (config.model_spec.name, config.model_spec.flavor)
-    assert build.to_tables(again) == build.to_tables(config)
+    assert build.tables_of(again) == build.tables_of(config)
     with pytest.raises(UserError, match="needs no train config"):
-        recipe.load(tmp_path / "run/resolved.toml", tmp_path / "machine.toml")
+        load_config(tmp_path / "run/resolved.toml", tmp_path / "machine.toml")
 
 
 def test_every_section_of_torchtitan_is_reachable_from_toml(files):
     from torchtitan.trainer import Trainer
 
-    tables = build.to_tables(files())
+    tables = build.tables_of(files())
     for field in dataclasses.fields(Trainer.Config):
         if field.name != "model_spec":
             assert field.name in tables, field.name

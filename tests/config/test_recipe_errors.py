@@ -4,7 +4,7 @@ import pytest
 from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 
 from nitp_titan.config import recipe
-from nitp_titan.config.parallelism import check_layout
+from nitp_titan.config.parallelism import check_parallelism
 from nitp_titan.errors import UserError
 
 RECIPE_MISTAKES = {
@@ -212,13 +212,13 @@ def test_a_stop_gradient_that_would_cross_ranks_is_refused(files):
 def test_a_layout_that_does_not_fit_the_ranks_is_refused(files, machine, num_ranks, message):
     config = files(train_config=(GOOD_TRAIN_CONFIG, machine))
     with pytest.raises(UserError, match=message):
-        check_layout(config, num_ranks)
+        check_parallelism(config, num_ranks)
 
 
 def test_a_key_that_no_file_sets_is_not_looked_for_in_a_file_of_the_other_kind(tmp_path):
     (tmp_path / "recipe.toml").write_text(GOOD_RECIPE)
     (tmp_path / "machine.toml").write_text(GOOD_TRAIN_CONFIG + '[dataloader]\ndataset_path = "text.jsonl"\n')
     settings = recipe.read_settings(tmp_path / "recipe.toml", tmp_path / "machine.toml")
-    assert settings.place("dataloader", "num_streams") == ""
-    assert settings.place("dataloader", "streaming") == f"{tmp_path}/machine.toml: "
-    assert settings.place("training", "max_norm") == f"{tmp_path}/recipe.toml: "
+    assert settings.location("dataloader", "num_streams") == ""
+    assert settings.location("dataloader", "streaming") == f"{tmp_path}/machine.toml: "
+    assert settings.location("training", "max_norm") == f"{tmp_path}/recipe.toml: "

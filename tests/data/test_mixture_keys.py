@@ -11,6 +11,7 @@ from nitp_titan.config import recipe
 from nitp_titan.data.loader import check_dataset, TextDataLoader
 from nitp_titan.data.mixtures import MIXTURES, TextSource
 from nitp_titan.errors import UserError
+from nitp_titan.training.trainer import load_config
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def load(tmp_path):
     def load(tables):
         (tmp_path / "recipe.toml").write_text(GOOD_RECIPE)
         (tmp_path / "machine.toml").write_text(GOOD_TRAIN_CONFIG + tables)
-        return recipe.load(tmp_path / "recipe.toml", tmp_path / "machine.toml")
+        return load_config(tmp_path / "recipe.toml", tmp_path / "machine.toml")
 
     return load
 
@@ -110,7 +111,7 @@ def test_sources_come_from_a_train_config_and_come_back_from_the_resolved_recipe
     ]
     assert config.validator.dataloader.mixture == "c4_validation"
     recipe.write_resolved(config, tmp_path / "run")
-    again = recipe.load(tmp_path / "run/resolved.toml", None)
+    again = load_config(tmp_path / "run/resolved.toml", None)
     assert (again.dataloader, again.validator) == (config.dataloader, config.validator)
 
 

@@ -25,6 +25,7 @@ from torchtitan.observability.structured_logger import structured_logging
 import nitp_titan.train
 from nitp_titan.data.loader import check_dataset, check_sources, TextDataLoader
 from nitp_titan.data.mixtures import TextSource
+from nitp_titan.data.tokens import workers
 from nitp_titan.data.tokens.folder import Manifest
 from nitp_titan.data.tokens.writing import (
     alone_in,
@@ -34,9 +35,9 @@ from nitp_titan.data.tokens.writing import (
     verify,
 )
 from nitp_titan.errors import UserError
-from nitp_titan.metrics_file import read_records
-from nitp_titan.runs import agreement
-from nitp_titan.runs.run_folder import find_start
+from nitp_titan.runs import ranks
+from nitp_titan.runs.run_folder import plan_resume
+from nitp_titan.step_files import read_records
 
 SEQ_LEN, GLOBAL_BATCH = 32, 6
 
@@ -385,8 +386,8 @@ def test_a_run_from_tokens_has_the_losses_of_the_run_from_text(corpus, written, 
 
 def test_a_folder_is_known_by_all_of_its_files(written, tmp_path):
     loader = TextDataLoader.Config(dataset="tokens", dataset_path=str(written[0]))
-    start = find_start(make_config(tmp_path, dataloader=loader))
-    known = {name for name in agreement.facts(start) if name.startswith(f"content of {written[0]}/")}
+    start = plan_resume(make_config(tmp_path, dataloader=loader))
+    known = {name for name in ranks.facts(start) if name.startswith(f"content of {written[0]}/")}
     assert known == {f"content of {path}" for path in written[0].iterdir()}
 
 

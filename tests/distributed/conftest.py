@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from matrix import Layout, LAYOUTS
 
-from nitp_titan.metrics_file import read_records
+from nitp_titan.step_files import read_records
 
 WORKER = "tests/distributed/layouts.py"
 
@@ -50,7 +50,7 @@ class Figures:
         errors = [path for end in ("signal", "error") for path in sorted(self.folder.glob(f"{name}.*.{end}"))]
         assert not errors, f"{name}: {errors[0].read_text()[-3000:]}"
         figures = json.loads((self.folder / f"{name}.json").read_text())
-        files = {"records": "metrics.jsonl", "geometry": "geometry.jsonl", "probe": "probe.jsonl"}
+        files = {"records": "metrics.jsonl", "geometry": "geometry.jsonl", "probe": "validation_geometry.jsonl"}
         paths = {key: self.folder / name / file for key, file in files.items()}
         return figures | {key: read_records(path) if path.exists() else [] for key, path in paths.items()}
 

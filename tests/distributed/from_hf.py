@@ -17,7 +17,7 @@ from helpers import saved_run
 from layouts import in_child
 from torchtitan.components.optimizer import default_adamw
 
-from nitp_titan.config.sections import ModelConfig
+from nitp_titan.models.settings import ModelConfig
 
 TWO_SHARDS = {"data_parallel_shard_degree": 2}
 STARTS = {

@@ -6,7 +6,7 @@ from typing import Any
 from helpers import PackedDataLoader
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 
-from nitp_titan.training.cpu import DENSE_ATTENTION
+from nitp_titan.machine.cpu import DENSE_ATTENTION
 
 # What each seed checkpoint is of. Pipelines need untied embeddings; tied ones are tested besides.
 MODELS = {
@@ -365,7 +365,7 @@ def _controls() -> None:
 
 
 def _wrong_upstream() -> None:
-    """What `layout.check_layout` refuses because TorchTitan trains it wrongly, without NITP too."""
+    """What `layout.check_parallelism` refuses because TorchTitan trains it wrongly, without NITP too."""
     ntp = {"reference": "one, NTP alone", "nitp": {"weight": 0.0}, "control": "no check"}
     _one("gpt_oss/one, NTP alone", nitp={"weight": 0.0})
     _add("gpt_oss/TP 2 without EP, NTP alone", 2, "", tp=2, **ntp)

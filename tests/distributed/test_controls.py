@@ -11,7 +11,7 @@ from helpers import make_config
 from layouts import in_child
 from matrix import LAYOUTS
 
-from nitp_titan.config.parallelism import check_layout
+from nitp_titan.config.parallelism import check_parallelism
 from nitp_titan.errors import UserError
 
 
@@ -47,17 +47,17 @@ def test_validation_is_refused_with_schedules_that_always_run_a_backward_pass(tm
     parallelism = {**sections["parallelism"], "pipeline_parallel_schedule": schedule}
     config = make_config(tmp_path, **{**sections, "parallelism": parallelism, "validator": {"enable": True}})
     if schedule == "InterleavedZeroBubble":
-        return check_layout(config, 2)
+        return check_parallelism(config, 2)
     with pytest.raises(UserError, match=rf"\[validator\] enable = true, but torch 2.14 runs schedule {schedule}"):
-        check_layout(config, 2)
+        check_parallelism(config, 2)
 
 
 @pytest.mark.parametrize("layout", _controlled("no check"))
 def test_what_is_refused_as_wrong_upstream_still_is(differences, layout, tmp_path):
-    """When this fails, TorchTitan has mended it: take the refusal out of `layout.check_layout`."""
+    """When this fails, TorchTitan has mended it: take the refusal out of `layout.check_parallelism`."""
     assert any("gradient of rest" in found for found in differences(layout))
     with pytest.raises(UserError, match=r"TorchTitan 0.3.0 gets .* wrong"):
-        check_layout(make_config(tmp_path, **LAYOUTS[layout].sections), LAYOUTS[layout].ranks)
+        check_parallelism(make_config(tmp_path, **LAYOUTS[layout].sections), LAYOUTS[layout].ranks)
 
 
 def test_a_process_ended_from_outside_leaves_the_signal(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from processes import free_port, torchrun
 
-from nitp_titan.metrics_file import read_records
+from nitp_titan.step_files import read_records
 
 STEPS = 6
 FSDP, TP, CP, PP, EP = {"shard": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}, {"shard": 2, "ep": 2}

@@ -11,9 +11,9 @@ from processes import free_port
 from safetensors.torch import load_file
 
 from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.config.sections import ModelConfig
 from nitp_titan.export.export import Export
-from nitp_titan.metrics_file import read_records
+from nitp_titan.models.settings import ModelConfig
+from nitp_titan.step_files import read_records
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,10 @@ from transformers import (
     PretrainedConfig,
 )
 
-from nitp_titan.evaluation.hidden_states import (
-    Collector,
-    decoder_layers,
-    draw_pairs,
-    HIDDEN,
-    measure,
-)
+from nitp_titan.evaluation.hidden_states import Collector, decoder_layers, measure
 from nitp_titan.geometry import tracker
+from nitp_titan.geometry.statistics import sample_pairs
+from nitp_titan.objectives.sites import HIDDEN
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +31,7 @@ def test_figures_of_every_state_equal_numpy_on_the_states(family):
 def test_the_sampled_cosine_is_that_of_the_drawn_pairs():
     model, sequences = make("llama, tied"), tokens_of(5, 9, 2)
     found, _ = measure(model, sequences, batch_size=2, num_pairs=50, seed=3)
-    numbers, positions = draw_pairs(torch.tensor([5, 9, 2]), 50, 3)
+    numbers, positions = sample_pairs(torch.tensor([5, 9, 2]), 50, 3)
     at = (torch.tensor([0, 5, 14])[numbers] + positions).numpy()
     for state, x in states_of(model, sequences).items():
         units = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
@@ -66,7 +62,7 @@ def test_a_document_without_tokens_changes_nothing():
 
 def test_pairs_are_tokens_of_different_sequences_all_alike():
     lengths = torch.tensor([1, 0, 4, 2])
-    sequences, positions = draw_pairs(lengths, 40_000, 0)
+    sequences, positions = sample_pairs(lengths, 40_000, 0)
     assert (positions >= 0).all() and (positions < lengths[sequences]).all()
     first, second = (torch.tensor([0, 1, 1, 5])[sequences] + positions).chunk(2)
     assert (sequences[:40_000] != sequences[40_000:]).all()
@@ -106,7 +102,7 @@ def test_memory_does_not_grow_with_the_text_and_no_logits_are_made():
     assert largest[0] == largest[1] < 50 * VOCABULARY * 4
     collectors = []
     for number in (2, 60):
-        collector = Collector(draw_pairs(torch.full((number,), 5), 8, 0))
+        collector = Collector(sample_pairs(torch.full((number,), 5), 8, 0))
         for start in range(0, number, 2):
             collector.expect(start, torch.ones(2, 5, dtype=torch.bool))
             collector.see("hidden", torch.ones(2, 5, DIM))
@@ -150,7 +146,7 @@ def test_the_outermost_list_is_the_layers():
 
 
 def test_a_state_that_was_not_seen_at_every_token_has_no_figures():
-    collector = Collector(draw_pairs(torch.tensor([3, 3]), 4, 0))
+    collector = Collector(sample_pairs(torch.tensor([3, 3]), 4, 0))
     collector.expect(0, torch.ones(2, 3, dtype=torch.bool))
     collector.see("layer_1", torch.ones(2, 3, 8))
     collector.see("layer_2", torch.ones(6, 8))

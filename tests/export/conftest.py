@@ -6,7 +6,7 @@ import pytest
 from exported import TRAINING
 from helpers import saved_run, with_expert_bias, without_expert_bias
 
-from nitp_titan.config.sections import ModelConfig
+from nitp_titan.models.settings import ModelConfig
 
 
 @pytest.fixture(scope="package")

@@ -15,10 +15,10 @@ from processes import PROJECT
 from safetensors.torch import load_file
 
 from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.config.sections import ModelConfig
 from nitp_titan.export.export import Export, MAX_SHARD_SIZE
-from nitp_titan.metrics_file import read_records
 from nitp_titan.models import build_model_spec
+from nitp_titan.models.settings import ModelConfig
+from nitp_titan.step_files import read_records
 
 
 def test_the_tokenizer_is_that_of_training(runs, tmp_path):

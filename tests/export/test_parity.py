@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.config.sections import ModelConfig
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.export.export import Export
-from nitp_titan.metrics_file import read_records
+from nitp_titan.models.settings import ModelConfig
+from nitp_titan.step_files import read_records
 
 MODELS = {
     "llama3/debug": "LlamaForCausalLM",

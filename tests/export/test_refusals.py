@@ -9,9 +9,9 @@ from exported import TRAINING
 from helpers import make_config, saved_run, with_expert_bias
 
 from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.config.sections import ModelConfig
 from nitp_titan.errors import UserError
 from nitp_titan.export.export import Export
+from nitp_titan.models.settings import ModelConfig
 
 
 @pytest.mark.parametrize(

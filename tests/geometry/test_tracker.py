@@ -10,10 +10,10 @@ from helpers import IGNORE, make_config, PackedDataLoader, train
 from numpy.testing import assert_allclose
 from test_geometry import numpy_figures
 
-from nitp_titan.config.sections import GeometryConfig
 from nitp_titan.errors import UserError
-from nitp_titan.geometry.tracker import sample_pairs
-from nitp_titan.metrics_file import read_records
+from nitp_titan.geometry.settings import GeometryConfig
+from nitp_titan.geometry.statistics import sample_pairs
+from nitp_titan.step_files import read_records
 
 GEOMETRY = {"enable": True, "interval": 2, "layers": True}
 STATES = ["hidden", "target", "projected", *(f"layer_{number}" for number in range(5))]
@@ -162,14 +162,14 @@ def test_the_probe_sees_the_same_validation_tokens_each_time_and_in_every_arm(tm
             tmp_path / name,
             nitp=nitp,
             generated_data=False,
-            geometry={"enable": True, "interval": 100, "probe_batches": 2},
+            geometry={"enable": True, "interval": 100, "validation_batches": 2},
             validator={"enable": True, "freq": 1, "steps": 3, "dataloader": validator.dataloader},
         )
         config.optimizer.param_groups[0].optimizer_kwargs["lr"] = 1e-30
         trainer = config.build()
         trainer.train()
         trainer.close()
-        records[name] = read_records(tmp_path / name / "probe.jsonl")
+        records[name] = read_records(tmp_path / name / "validation_geometry.jsonl")
         assert [record["step"] for record in records[name]] == [1, 2, 3]
         assert records[name][0]["hidden"] == records[name][2]["hidden"]
     assert sorted(records["nitp"][0]) == ["hidden", "projected", "step", "target"]
@@ -181,8 +181,8 @@ def test_the_probe_sees_the_same_validation_tokens_each_time_and_in_every_arm(tm
 def test_states_that_are_not_finite_do_not_stop_a_run(tmp_path, assets, caplog):
     """Spoilt while they are measured only: the loss is finite and training goes on."""
     trainer = make_config(tmp_path, geometry={"enable": True, "layers": True}, training={"steps": 1}).build()
-    see = trainer.meter.see
-    trainer.meter.see = lambda state, x, *rest, **options: see(
+    see = trainer.tracker.see
+    trainer.tracker.see = lambda state, x, *rest, **options: see(
         state, x.detach() * (math.inf if state == "layer_2" else 1.0), *rest, **options
     )
     trainer.step = 1
@@ -215,7 +215,7 @@ def test_pairs_are_of_different_sequences_and_follow_the_seed():
     assert (first != second).all() and not sequences.any()
 
 
-@pytest.mark.parametrize("key, value", [("interval", 0), ("num_pairs", 0), ("probe_batches", -1), ("seed", -1)])
+@pytest.mark.parametrize("key, value", [("interval", 0), ("num_pairs", 0), ("validation_batches", -1), ("seed", -1)])
 def test_settings_out_of_range_are_named(key, value):
     with pytest.raises(UserError, match=rf"\[geometry\] {key} = {value}, but it must be at least"):
         GeometryConfig(**{key: value})
@@ -227,4 +227,4 @@ def test_the_ptrr_balancer_is_refused(tmp_path):
         tmp_path, nitp={"weight": 0.0}, geometry={"enable": True}, parallelism=parallelism, training={"seq_len": 256}
     )
     with pytest.raises(UserError, match=r"'ptrr' reorders tokens by their mask, so \[geometry\] cannot tell"):
-        parallelism.check_layout(config, 2)
+        parallelism.check_parallelism(config, 2)

@@ -38,7 +38,7 @@ def measure(name: str, folder: Path, **nitp) -> Rows:
     """
     from helpers import make_config, train
 
-    from nitp_titan.metrics_file import read_records
+    from nitp_titan.step_files import read_records
 
     recipe, changes = CASES[name]
     sections = {"training": _TRAINING, "lr_scheduler": {"warmup_steps": 2}, "nitp": {**changes, **nitp}}

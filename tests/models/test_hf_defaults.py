@@ -5,9 +5,9 @@ import copy
 import pytest
 import transformers
 
-from nitp_titan.config.sections import ModelConfig
 from nitp_titan.models import build_model_spec, hf_config
 from nitp_titan.models.hf_defaults import CLASS_DEFAULTS, completed
+from nitp_titan.models.settings import ModelConfig
 
 # Shown by the shapes of the tensors, by the number of layers, or by settings of the table.
 SHAPES = {"vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size", "head_dim"}

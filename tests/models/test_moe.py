@@ -5,9 +5,9 @@ import torch
 from helpers import make_config, train
 from torch.utils.flop_counter import FlopCounterMode
 
-from nitp_titan.metrics_file import read_records
+from nitp_titan.config.trained import trained
 from nitp_titan.sizing import model_size
-from nitp_titan.training.trainer import model_spec_with_nitp
+from nitp_titan.step_files import read_records
 
 
 @pytest.mark.parametrize("recipe", ["debug/ntp_moe_debug", "debug/nitp_moe_debug"])
@@ -90,7 +90,7 @@ def test_counted_flops_are_those_of_torchs_counter(tmp_path, recipe):
 def test_activated_parameters_are_all_but_the_idle_experts(tmp_path):
     config = make_config(tmp_path, recipe="debug/ntp_moe_debug")
     with torch.device("meta"):
-        model = model_spec_with_nitp(config).model.build()
+        model = trained(config).model_spec.model.build()
     counted = model_size.count_model(model, 128)
     # 3 MoE layers, 12 of 16 experts idle, three matrices of 96 x 48.
     assert counted.parameters - counted.activated_parameters == 3 * 12 * 3 * 96 * 48

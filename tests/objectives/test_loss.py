@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torchtitan.components.loss import CrossEntropyLoss
 
-from nitp_titan.config.sections import NITPConfig
 from nitp_titan.errors import UserError
-from nitp_titan.objectives.loss import find_loss, NITPLoss
-from nitp_titan.objectives.maths import has_next_token
-from nitp_titan.objectives.nitp import nitp_module_config
+from nitp_titan.objectives.alignment import has_next_token
+from nitp_titan.objectives.loss import AuxiliaryLoss
+from nitp_titan.objectives.nitp import find_distance
+from nitp_titan.objectives.registry import build_objective
+from nitp_titan.objectives.settings import NITPConfig
 
 B, L, D, V = 2, 16, 8, 32
 IGNORE = -100
@@ -29,7 +30,7 @@ def _batch():
 
 
 def _projector(settings: NITPConfig) -> torch.nn.Module:
-    projector = nitp_module_config(D, settings).projector.build()
+    projector = build_objective(settings).module_config(D).projector.build()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in projector.parameters():
@@ -52,11 +53,11 @@ def _component(
     lm_head = torch.nn.Linear(D, V, bias=False)
     lm_head.weight.data.copy_(head)
     projector = _projector(settings)
-    loss_fn = NITPLoss.Config(num_chunks=num_chunks, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+    loss_fn = AuxiliaryLoss.Config(num_chunks=num_chunks, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
     loss_fn.set_lm_head(lm_head)
     loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
     num_terms = torch.tensor(float(len(_terms(settings, positions, labels))))
-    loss_fn.set_step(weight=settings.weight if weight is None else weight, num_terms=num_terms)
+    loss_fn.begin_step(weight=settings.weight if weight is None else weight, num_terms=num_terms)
     if settings.objective == "nitp":
         if settings.temporal_shift == 0:
             prediction = (h * 1, z * 1, z[:, :0], torch.ones(B, L, dtype=torch.bool))
@@ -68,7 +69,7 @@ def _component(
     loss.backward()
     gradients = {"h": h.grad, "head": lm_head.weight.grad, "z": z.grad}
     gradients |= {name: parameter.grad for name, parameter in projector.named_parameters()}
-    return loss.detach(), loss_fn.parts[0], gradients
+    return loss.detach(), loss_fn.losses[0], gradients
 
 
 def _terms(settings, positions, labels):
@@ -182,12 +183,12 @@ def test_the_projector_takes_as_few_chunks_as_need_no_more_memory_than_the_logit
     """Eight numbers of its width of 4 d a token against five of the vocabulary; in chunks that divide those of the NTP
     loss."""
     settings = NITPConfig(weight=1.0, target_layer=1)
-    loss_fn = NITPLoss.Config(num_chunks=num_chunks, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+    loss_fn = AuxiliaryLoss.Config(num_chunks=num_chunks, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
     with torch.device("meta"):
         loss_fn.set_lm_head(torch.nn.Linear(dim, vocab_size, bias=False))
-        projector = nitp_module_config(dim, settings).projector.build()
+        projector = build_objective(settings).module_config(dim).projector.build()
     loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
-    assert loss_fn.num_nitp_chunks == expected
+    assert loss_fn.num_auxiliary_chunks == expected
 
 
 def test_the_comparison_can_fail():
@@ -221,10 +222,10 @@ def test_the_gradients_of_both_losses_are_added_in_float32_and_rounded_once(proj
     def gradient(*, weight: float, tokens: float) -> torch.Tensor:
         lm_head = torch.nn.Linear(D, V, bias=False, dtype=torch.bfloat16)
         lm_head.weight.data.copy_(head)
-        loss_fn = NITPLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+        loss_fn = AuxiliaryLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
         loss_fn.set_lm_head(lm_head)
         loss_fn.prepare(_projector(settings).bfloat16(), num_microbatches=1, device=torch.device("cpu"))
-        loss_fn.set_step(weight=weight, num_terms=torch.tensor(20))
+        loss_fn.begin_step(weight=weight, num_terms=torch.tensor(20))
         leaf = h.clone().requires_grad_()
         loss, _ = loss_fn((leaf * 1, *target), labels, torch.tensor(tokens))
         loss.backward()
@@ -259,22 +260,22 @@ def test_a_function_that_is_no_distance_is_refused_when_the_settings_are_read(mo
     monkeypatch.setitem(sys.modules, "losses_of_users", SimpleNamespace(**{name: function}))
     place = f"losses_of_users:{name}"
     with pytest.raises(UserError, match=rf"^\[nitp\] loss = '{place}' {message}.*\. It takes prediction"):
-        find_loss(place)
+        find_distance(place)
 
 
 def test_a_function_that_is_a_distance_is_taken(monkeypatch):
     module = SimpleNamespace(fine=lambda p, t: (p - t).abs().sum(-1))
     monkeypatch.setitem(sys.modules, "losses_of_users", module)
-    assert find_loss("losses_of_users:fine") is module.fine
+    assert find_distance("losses_of_users:fine") is module.fine
 
 
 def test_a_batch_without_valid_positions_costs_nothing():
     settings = NITPConfig(weight=3.0, target_layer=1)
-    loss_fn = NITPLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+    loss_fn = AuxiliaryLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
     loss_fn.set_lm_head(torch.nn.Linear(D, V, bias=False))
     projector = _projector(settings)
     loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
-    loss_fn.set_step(weight=3.0, num_terms=torch.tensor(0))
+    loss_fn.begin_step(weight=3.0, num_terms=torch.tensor(0))
     h = torch.randn(1, 4, D, requires_grad=True)
     labels = torch.full((1, 4), IGNORE)
     valid = torch.zeros(1, 4, dtype=torch.bool)
@@ -286,10 +287,10 @@ def test_a_batch_without_valid_positions_costs_nothing():
 
 def test_parts_keep_the_last_micro_batches_only():
     settings = NITPConfig(weight=3.0, target_layer=1)
-    loss_fn = NITPLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
+    loss_fn = AuxiliaryLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
     loss_fn.set_lm_head(torch.nn.Linear(D, V, bias=False))
     loss_fn.prepare(_projector(settings), num_microbatches=2, device=torch.device("cpu"))
-    loss_fn.set_step(weight=3.0, num_terms=torch.tensor(10))
+    loss_fn.begin_step(weight=3.0, num_terms=torch.tensor(10))
     seen = []
     for seed in range(5):
         h, z = torch.randn(2, 1, 4, D, generator=torch.Generator().manual_seed(seed))
@@ -298,5 +299,5 @@ def test_parts_keep_the_last_micro_batches_only():
         valid = has_next_token(torch.arange(4)[None])
         loss, _ = loss_fn((h * 1, z, torch.zeros(1, 1, D), valid), labels, torch.tensor(8))
         seen.append(loss.item())
-    totals = loss_fn.parts[:, 0] + 3.0 * loss_fn.parts[:, 1]
+    totals = loss_fn.losses[:, 0] + 3.0 * loss_fn.losses[:, 1]
     assert totals.tolist() == pytest.approx([seen[4], seen[3]])

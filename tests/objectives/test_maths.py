@@ -257,8 +257,8 @@ def test_trained_positions_are_those_that_the_shards_find_valid():
     positions_BL = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
     labels_BL = torch.tensor([[5, -100, 5, 5, 5, -100, 5, 5]])
     valid_BL = maths.has_next_token(positions_BL)
-    trained_BL = maths.trained_positions(positions_BL, labels_BL, temporal_shift=1, ignore_index=-100)
+    trained_BL = maths.valid_positions(positions_BL, labels_BL, temporal_shift=1, ignore_index=-100)
     assert torch.equal(trained_BL, valid_BL & (labels_BL != -100))
     assert trained_BL.sum().item() == 3
-    same_BL = maths.trained_positions(positions_BL, labels_BL, temporal_shift=0, ignore_index=-100)
+    same_BL = maths.valid_positions(positions_BL, labels_BL, temporal_shift=0, ignore_index=-100)
     assert same_BL.sum().item() == 6

@@ -8,11 +8,11 @@ import torch
 from helpers import make_config, parameters, train
 from torchtitan.models.common.decoder import Decoder
 
-from nitp_titan.config.sections import NITPConfig
+from nitp_titan.config.trained import trained
 from nitp_titan.errors import UserError
-from nitp_titan.objectives.maths import next_implicit_tokens
+from nitp_titan.objectives.alignment import next_implicit_tokens
+from nitp_titan.objectives.settings import NITPConfig
 from nitp_titan.objectives.variant import with_nitp
-from nitp_titan.training.trainer import model_spec_with_nitp
 
 SHALLOW = ("layers.0.", "layers.1.")
 
@@ -60,7 +60,7 @@ def _gradient(trainer, prefixes=("",)) -> torch.Tensor:
 
 
 def _nitp_loss(trainer) -> float:
-    return trainer.loss_fn.parts[:, 1].sum().item()
+    return trainer.loss_fn.losses[:, 1].sum().item()
 
 
 def test_the_same_settings_give_the_same_gradients_bit_for_bit(trainers):
@@ -105,9 +105,9 @@ def test_before_the_start_step_only_ntp_is_trained(trainers, assets, tmp_path):
 
 def _model(config):
     """The NITP model on CPU with the trainer's initialisation, outside any trainer."""
-    from nitp_titan.training import cpu
+    from nitp_titan.machine import cpu
 
-    spec = model_spec_with_nitp(config)
+    spec = trained(config).model_spec
     spec.model.update_from_config(config=config)
     for _, attention, parent, attribute in list(spec.model.traverse(cpu.FlexAttention.Config)):
         setattr(parent, attribute, cpu.dense_flex_attention(attention))
@@ -177,7 +177,7 @@ def test_a_target_layer_outside_the_model_is_refused():
 def test_hugging_face_names_know_no_projector(assets, tmp_path):
     config = make_config(tmp_path)
     model = _model(config)
-    spec = model_spec_with_nitp(config)
+    spec = trained(config).model_spec
     exported = spec.state_dict_adapter(spec.model, None).to_hf(model.state_dict())
     assert "model.embed_tokens.weight" in exported
     assert not any("nitp" in name or "projector" in name for name in exported)

@@ -8,10 +8,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 
 from nitp_titan.config import recipe
+from nitp_titan.config.trained import trained
 from nitp_titan.objectives import parallelize
-from nitp_titan.objectives.parallelize import projector_layers, with_nitp_pipelining
-from nitp_titan.sizing.model_size import projector_cost
-from nitp_titan.training.trainer import model_spec_with_nitp
+from nitp_titan.objectives.parallelize import projector_cost, projector_layers, with_nitp_pipelining
+from nitp_titan.training.trainer import load_config
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def test_the_projector_takes_the_room_of_its_cost_as_far_as_stages_have_it(cost,
 
 def _split(name: str, stages: int, **parallelism) -> tuple[list[list[str]], float]:
     """Modules per stage of a recipe's model, and the projector's cost in layers."""
-    config = recipe.load(recipe.find(name, "recipes"), recipe.find("gpu", "train_configs"))
-    spec = model_spec_with_nitp(config)
+    config = load_config(recipe.find(name, "recipes"), recipe.find("gpu", "train_configs"))
+    spec = trained(config).model_spec
     with torch.device("meta"):
         model = spec.model.build()
     split = []

@@ -15,12 +15,13 @@ from torchtitan.models import deepseek_v3, kimi_k2_7, llama3, muse_glimmer
 from torchtitan.models.llama3 import Llama3Model
 from transformers import AutoConfig
 
-from nitp_titan.config.sections import ModelConfig, NITPConfig
 from nitp_titan.errors import UserError
-from nitp_titan.metrics_file import read_records
 from nitp_titan.models import build_model_spec, FAMILIES
-from nitp_titan.objectives.nitp import NITPDecoder
+from nitp_titan.models.settings import ModelConfig
+from nitp_titan.objectives.decoder import NITPDecoder
+from nitp_titan.objectives.settings import NITPConfig
 from nitp_titan.objectives.variant import with_nitp
+from nitp_titan.step_files import read_records
 
 SETTINGS = NITPConfig(weight=1.0, target_layer=1)
 

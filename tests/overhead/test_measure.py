@@ -11,6 +11,7 @@ from overhead.arms import arm_configs
 from nitp_titan.config import recipe
 from nitp_titan.errors import UserError
 from nitp_titan.sizing.model_size import count_model
+from nitp_titan.training.trainer import load_config
 
 DIM, LAYERS, VOCABULARY, SEQ_LEN = 96, 4, 4096, 128
 CPU = recipe.find("cpu", "train_configs")
@@ -18,7 +19,7 @@ CPU = recipe.find("cpu", "train_configs")
 
 @pytest.fixture(scope="module")
 def configs(assets):
-    base = recipe.load(recipe.find("debug/nitp_debug", "recipes"), CPU)
+    base = load_config(recipe.find("debug/nitp_debug", "recipes"), CPU)
     training = dataclasses.replace(base.training, local_batch_size=2, global_batch_size=2, seq_len=SEQ_LEN)
     return arm_configs(
         recipe.find("debug/nitp_debug", "recipes"), CPU, training=training, dataloader=PackedDataLoader.Config()

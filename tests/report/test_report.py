@@ -13,7 +13,7 @@ from report_runs import three_phases, write_run
 from study.report import MECHANISMS
 
 from nitp_titan.errors import UserError
-from nitp_titan.report import drawing, figures
+from nitp_titan.report import drawing
 from nitp_titan.report.page import Report
 from nitp_titan.report.runs import common_steps, differences, read_arms
 from nitp_titan.report.stats import (
@@ -211,7 +211,7 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
         ("training", "seq_len", 256, "the arms may see other data or another order"),
         ("model", "flavor", "8B", "more than NITP is compared"),
         ("validator", "steps", 4, "validation is not on the same tokens"),
-        ("geometry", "probe_batches", 4, "the probe is not on the same tokens"),
+        ("geometry", "validation_batches", 4, "the probe is not on the same tokens"),
         ("checkpoint", "initial_load_path", "there", "the arms may start from different weights"),
     ],
 )
@@ -419,8 +419,8 @@ def test_names_cannot_break_the_page(tmp_path):
 
 def test_spectra_are_drawn_at_the_measured_steps_nearest_to_those_asked_for(seeds):
     arms = arms_of(seeds / "ntp", seeds / "nitp")
-    assert figures.chosen_steps(arms) == [100, 25, 1]
-    assert figures.chosen_steps(arms, [45, 80]) == [75, 50]
+    assert plots.chosen_steps(arms) == [100, 25, 1]
+    assert plots.chosen_steps(arms, [45, 80]) == [75, 50]
 
 
 def test_the_compare_script_writes_the_report_and_refuses_what_is_no_run(seeds, project_folder):
@@ -442,7 +442,7 @@ def test_the_records_of_a_training_run_are_what_the_report_reads(tmp_path, asset
 
     train(make_config(tmp_path / "run", geometry={"enable": True, "interval": 1, "layers": True}))
     (arm,) = read_arms([str(tmp_path / "run")])[0]
-    names = {one.name for one in figures.drawings([arm])}
+    names = {one.name for one in plots.drawings([arm])}
     assert {"ntp_loss", "nitp_loss", "effective_rank", "cosine", "target_effective_rank", "spectra"} < names
     assert {"layers_effective_rank", "learning_rate", "throughput"} < names
     assert arm.runs[0].seed == 42 and not arm.is_ntp

@@ -13,14 +13,14 @@ from collections import Counter
 from pathlib import Path
 
 from nitp_titan import train
-from nitp_titan.runs import agreement
+from nitp_titan.runs import ranks
 from nitp_titan.training.trainer import NITPTrainer
 
 KINDS = {".py": "code", "tokenizer.json": "tokenizer", "train.jsonl": "text", ".distcp": "checkpoint"}
 out = Path(sys.argv.pop(1))
 counts = [Counter(), Counter()]
 phase = 0
-own_code = str(Path(agreement.__file__).resolve().parents[1])
+own_code = str(Path(ranks.__file__).resolve().parents[1])
 
 
 def count(access: str, path) -> None:
@@ -35,7 +35,7 @@ def counted_stat(path, *args, stat=os.stat, **kwargs):
     return stat(path, *args, **kwargs)
 
 
-def settle(*args, settled=agreement.settle):
+def settle(*args, settled=ranks.settle):
     global phase
     found = settled(*args)
     phase = 1
@@ -52,7 +52,7 @@ def load(self, step: int = -1) -> None:
 
 train.import_torchtitan()
 NITPTrainer.train = load
-agreement.settle = settle
+ranks.settle = settle
 sys.addaudithook(lambda event, values: count("opened", values[0]) if event == "open" else None)
 os.stat = counted_stat
 train.main()

@@ -13,8 +13,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from nitp_titan import errors
-from nitp_titan.training.preemption import ends_with_others, StopSignal
+from nitp_titan.errors import UserError
+from nitp_titan.machine import exits
+from nitp_titan.training.preemption import ends_with_others, PreemptionSignal
 
 WHAT, RANK = sys.argv[1], int(os.environ["RANK"])
 
@@ -23,7 +24,7 @@ def meet() -> None:
     if WHAT != "nothing":
         print(f"at {time.time()}", flush=True)
     if WHAT == "error":
-        raise errors.UserError("part-1.jsonl, line 7: no text.")
+        raise UserError("part-1.jsonl, line 7: no text.")
     if WHAT == "disk":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part-1.arrow")
     if WHAT == "bug":
@@ -35,9 +36,9 @@ def meet() -> None:
 def main() -> None:
     dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo")
-    with ends_with_others(group), StopSignal(group) as stop:
+    with ends_with_others(group), PreemptionSignal(group) as stop:
         for number in range(4):
-            assert not stop.agreed()
+            assert not stop.should_stop()
             if number == 2 and RANK == 1:
                 meet()
             if number == 2 and WHAT == "stuck":
@@ -48,4 +49,4 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-errors.run(main, kept="nothing")
+exits.run(main, kept="nothing")

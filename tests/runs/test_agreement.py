@@ -6,13 +6,13 @@ import time
 import pytest
 from helpers import make_config
 
-from nitp_titan.runs import agreement, provenance
-from nitp_titan.runs.run_folder import find_start
+from nitp_titan.runs import provenance, ranks
+from nitp_titan.runs.run_folder import plan_resume
 
 
 @pytest.fixture
 def start(assets, tmp_path):
-    return find_start(make_config(tmp_path / "run", generated_data=False))
+    return plan_resume(make_config(tmp_path / "run", generated_data=False))
 
 
 def test_ranks_that_read_another_recipe_or_run_other_code_end_in_seconds(torchrun, tmp_path):
@@ -35,21 +35,21 @@ def test_ranks_that_read_another_recipe_or_run_other_code_end_in_seconds(torchru
 
 
 def test_the_facts_of_a_node_are_code_versions_tokenizer_data_and_the_checkpoint(start, assets, tmp_path):
-    facts = agreement.facts(start)
+    facts = ranks.facts(start)
     assert facts["nitp_titan code"] == provenance.code_hash()[:12]
     assert facts["torchtitan"] == "0.3.0" and facts["python"].startswith("3.")
     for name in ("train.jsonl", "validation.jsonl", "tokenizer.json"):
         size = (assets / name).stat().st_size
         assert facts[f"content of assets/stdlib/{name}"].startswith(f"{size:,} bytes, hash ")
     assert facts["checkpoint to go on from"] is None and facts["--overwrite"] is False
-    settings = agreement.settings(make_config(tmp_path / "run", generated_data=False))
+    settings = ranks.settings(make_config(tmp_path / "run", generated_data=False))
     assert settings["[training] steps"] == 3 and settings["[nitp] weight"] == 1.0
 
 
 def test_a_node_that_sees_another_checkpoint_differs(start):
     """As where the run folder is not on a disk that all nodes share."""
-    first, mine = (agreement.facts(each) for each in (dataclasses.replace(start, from_step=20), start))
-    assert agreement.differences(first, mine) == "checkpoint to go on from = not set, rank 0 has 20"
+    first, mine = (ranks.facts(each) for each in (dataclasses.replace(start, from_step=20), start))
+    assert ranks.differences(first, mine) == "checkpoint to go on from = not set, rank 0 has 20"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_node_that_sees_another_checkpoint_differs(start):
 def test_a_difference_is_said_with_both_values(change, said):
     first = {"torch": "2.14.1", "[training] steps": 100}
     three = "; ".join(f"{name} = 0, rank 0 has not set" for name in "abc")
-    assert agreement.differences(first, {**first, **change}) == said.format(three)
+    assert ranks.differences(first, {**first, **change}) == said.format(three)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_a_difference_is_said_with_both_values(change, said):
 )
 def test_ranks_that_differ_alike_are_named_together(ranks, said):
     by_rank = ["torch = 'a'" if rank in ranks else "" for rank in range(16)]
-    assert agreement.message(by_rank) == (
+    assert ranks.message(by_rank) == (
         f"the ranks of this run do not agree. {said}: torch = 'a'. All of them must read the same files."
     )
 
 
 def test_many_groups_of_ranks_are_one_line():
-    text = agreement.message(["", *(f"x = {rank}" for rank in range(1, 9))])
+    text = ranks.message(["", *(f"x = {rank}" for rank in range(1, 9))])
     assert "rank 1: x = 1; rank 2: x = 2; rank 3: x = 3; and 5 more. All" in text and "\n" not in text

@@ -12,7 +12,7 @@ from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.errors import UserError
 from nitp_titan.runs.data_facts import compare, data_facts, with_documents
-from nitp_titan.runs.run_folder import find_start
+from nitp_titan.runs.run_folder import plan_resume
 
 
 def _lines(numbers):
@@ -49,7 +49,7 @@ def _config(corpus, *, text="text", tokenizer="tokenizer", validation="validatio
 def run(corpus):
     """A run of one step with a checkpoint."""
     config = _config(corpus)
-    start = find_start(config)
+    start = plan_resume(config)
     start.record(config, documents=[80])
     (corpus / "run/checkpoint/step-1").mkdir(parents=True)
     (corpus / "run/checkpoint/step-1/.metadata").touch()
@@ -65,9 +65,9 @@ def test_files_may_be_moved_and_renamed(corpus, run):
     (corpus / "tokenizer").rename(corpus / "words")
     (corpus / "validation.jsonl").rename(corpus / "held_out.jsonl")
     moved = _config(corpus, text="new", tokenizer="words", validation="held_out.jsonl")
-    assert find_start(moved).from_step == 1
+    assert plan_resume(moved).from_step == 1
     # As the default of local text has it.
-    assert find_start(dataclasses.replace(moved, dataloader=dataclasses.replace(moved.dataloader, streaming=False)))
+    assert plan_resume(dataclasses.replace(moved, dataloader=dataclasses.replace(moved.dataloader, streaming=False)))
 
 
 def _grown(corpus):
@@ -87,13 +87,13 @@ def test_data_that_grew_at_their_end_go_on_with_resume_which_says_from_where_the
         "0) on and in later epochs"
     )
     with pytest.raises(UserError) as refused:
-        find_start(_config(corpus))
+        plan_resume(_config(corpus))
     assert str(refused.value).startswith(f"{run} holds a run on other data: {said}. ")
     assert str(refused.value).endswith("or go on all the same with --resume.")
-    assert find_start(_config(corpus, flags=RESUME)).message == f"{run}: the run goes on from step 1; {said}"
+    assert plan_resume(_config(corpus, flags=RESUME)).message == f"{run}: the run goes on from step 1; {said}"
     (run / "checkpoint").rename(run / "away")
     with pytest.raises(UserError, match="grew at its end"):
-        find_start(_config(corpus, flags=RESUME))
+        plan_resume(_config(corpus, flags=RESUME))
 
 
 def test_shuffled_data_that_grew_are_in_another_order_at_once(corpus):
@@ -145,16 +145,16 @@ def test_changed_data_are_refused_unless_they_begin_again(corpus, run, change, s
     change(corpus)
     for flags in ({}, RESUME):
         with pytest.raises(UserError, match=f"holds a run on other data: {said}.* Restore them, choose another") as one:
-            find_start(_config(corpus, flags=flags))
+            plan_resume(_config(corpus, flags=flags))
         assert "\n" not in str(one.value)
     again = _config(corpus, flags=RESUME, checkpoint={"exclude_from_loading": ["dataloader"]})
-    assert find_start(again).message.endswith(": the data begin again")
+    assert plan_resume(again).message.endswith(": the data begin again")
 
 
 def test_streaming_is_part_of_a_run_because_it_changes_the_order(corpus, run):
     for flags in ({}, RESUME):
         with pytest.raises(UserError, match=r"/text' was indexed and is streamed \(streaming\)"):
-            find_start(_config(corpus, streaming=True, flags=flags))
+            plan_resume(_config(corpus, streaming=True, flags=flags))
 
 
 @pytest.mark.parametrize(("num_streams", "fits"), [(1, True), (2, True), (3, False), (4, False), (5, True), (6, False)])
@@ -172,40 +172,40 @@ def test_streamed_data_that_grew_go_on_unless_files_are_dealt_in_another_way(cor
 def test_other_data_are_those_of_the_run_once_a_checkpoint_has_their_state(corpus, run):
     _edited(corpus)
     begins = _config(corpus, flags=RESUME, checkpoint={"exclude_from_loading": ["dataloader"]})
-    start = find_start(begins)
+    start = plan_resume(begins)
     assert start.message.endswith("the data begin again")
     start.record(begins, documents=[80])
     # Killed before its first checkpoint: the newest one has the state of the old data.
     with pytest.raises(UserError, match="holds a run on other data: .*a.jsonl has .* or let the new data begin"):
-        find_start(_config(corpus))
+        plan_resume(_config(corpus))
     start.note_checkpoint(2, documents=[80])
     (run / "checkpoint/step-1").rename(run / "checkpoint/step-2")
-    assert find_start(_config(corpus)).from_step == 2
+    assert plan_resume(_config(corpus)).from_step == 2
 
 
 def test_data_that_begin_again_say_so_whether_or_not_they_have_changed(corpus, run):
     again = _config(corpus, checkpoint={"exclude_from_loading": ["dataloader"]})
-    assert find_start(again).message.endswith("goes on from step 1; the data begin again")
+    assert plan_resume(again).message.endswith("goes on from step 1; the data begin again")
 
 
 def test_each_checkpoint_is_compared_with_its_own_data(corpus, run):
     old = (corpus / "text/a.jsonl").read_text()
     _edited(corpus)
     begins = _config(corpus, flags=RESUME, checkpoint={"exclude_from_loading": ["dataloader"]})
-    start = find_start(begins)
+    start = plan_resume(begins)
     start.record(begins, documents=[80])
     shutil.copytree(run / "checkpoint/step-1", run / "checkpoint/step-2")
     start.note_checkpoint(2, documents=[80])
-    assert find_start(_config(corpus)).from_step == 2
+    assert plan_resume(_config(corpus)).from_step == 2
     # Step 1 is of the text as it was.
     earlier = _config(corpus, checkpoint={"load_step": 1})
     with pytest.raises(UserError, match=r"holds a run on other data: .*a.jsonl has .* Restore them"):
-        find_start(earlier)
+        plan_resume(earlier)
     (corpus / "text/a.jsonl").write_text(old)
-    branch = find_start(earlier)
+    branch = plan_resume(earlier)
     assert branch.from_step == 1
     with pytest.raises(UserError, match="holds a run on other data"):
-        find_start(_config(corpus))
+        plan_resume(_config(corpus))
     branch.settle()
     branch.record(earlier, documents=[80])
     branch.note_checkpoint(2, documents=[80])
@@ -215,22 +215,22 @@ def test_each_checkpoint_is_compared_with_its_own_data(corpus, run):
 def test_another_number_of_sources_does_not_fit_the_state_of_the_data(corpus, run):
     sources = [TextSource(dataset_path=str(corpus / f"text/{name}.jsonl")) for name in "ab"]
     with pytest.raises(UserError, match=r"\[dataloader\] has 2 sources instead of 1"):
-        find_start(_config(corpus, sources=sources, flags=RESUME))
+        plan_resume(_config(corpus, sources=sources, flags=RESUME))
 
 
 def test_other_validation_data_go_on_with_resume(corpus, run):
     (corpus / "validation.jsonl").write_text(_lines(range(4)))
     with pytest.raises(UserError, match=r"\[validator.dataloader\] .*validation.jsonl has .* or go on all the same"):
-        find_start(_config(corpus))
-    assert find_start(_config(corpus, flags=RESUME)).from_step == 1
+        plan_resume(_config(corpus))
+    assert plan_resume(_config(corpus, flags=RESUME)).from_step == 1
 
 
 @pytest.mark.parametrize("damage", [None, "", "{}", "[]", '{"tokenizer": 1}'])
 def test_a_run_whose_data_are_unknown_is_refused(corpus, run, damage):
     (run / "data.json").unlink() if damage is None else (run / "data.json").write_text(damage)
     with pytest.raises(UserError, match="holds a run without a readable data.json, so that its data may be others"):
-        find_start(_config(corpus))
-    assert "its data are not compared" in find_start(_config(corpus, flags=RESUME)).message
+        plan_resume(_config(corpus))
+    assert "its data are not compared" in plan_resume(_config(corpus, flags=RESUME)).message
 
 
 def test_the_facts_are_kept_beside_the_settings_and_no_path_identifies_a_run(corpus, run):

@@ -19,8 +19,8 @@ from nitp_titan.runs.preflight import begin_log, checkpoint_bytes, open_log
     ("name", "message"),
     [
         (
-            "nitp_titan.training.cpu.dense_flex_attn",
-            "names no registered @override. Did you mean 'nitp_titan.training.cpu",
+            "nitp_titan.machine.cpu.dense_flex_attn",
+            "names no registered @override. Did you mean 'nitp_titan.machine.cpu",
         ),
         ("no_such_module.function", "module 'no_such_module' could not be imported"),
         ("function", "must be a 'module.function' path"),
@@ -28,7 +28,7 @@ from nitp_titan.runs.preflight import begin_log, checkpoint_bytes, open_log
 )
 def test_an_override_that_does_not_exist_is_refused(assets, tmp_path, name, message):
     config = make_config(
-        tmp_path, override=OverrideConfig(imports=["nitp_titan.training.cpu.dense_flex_attention", name])
+        tmp_path, override=OverrideConfig(imports=["nitp_titan.machine.cpu.dense_flex_attention", name])
     )
     with pytest.raises(UserError) as refused:
         config.build()

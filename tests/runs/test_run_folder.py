@@ -17,7 +17,7 @@ from nitp_titan.data.mixtures import TextSource
 from nitp_titan.errors import UserError
 from nitp_titan.runs import provenance, run_folder
 from nitp_titan.runs.data_facts import data_facts
-from nitp_titan.runs.run_folder import find_start, read_starts, Start
+from nitp_titan.runs.run_folder import plan_resume, read_starts, Start
 
 CHECKPOINT = {"checkpoint": {"enable": True}}
 
@@ -52,17 +52,17 @@ def _files(folder):
 
 
 def test_a_folder_without_a_run_may_hold_anything(config, tmp_path):
-    assert find_start(config()).from_step is None and not (tmp_path / "run").exists()
+    assert plan_resume(config()).from_step is None and not (tmp_path / "run").exists()
     (tmp_path / "run/structured_logs").mkdir(parents=True)
     (tmp_path / "run/log.txt").write_text("of the launcher")
-    start = find_start(config(overwrite=True))
+    start = plan_resume(config(overwrite=True))
     assert (start.from_step, start.set_aside) == (None, [])
-    assert find_start(config(resume=True)).message == "--resume: there is no run yet, a new one starts"
+    assert plan_resume(config(resume=True)).message == "--resume: there is no run yet, a new one starts"
 
 
 def test_the_same_run_goes_on_with_another_layout_and_other_intervals(config, run):
     before = _files(run)
-    start = find_start(
+    start = plan_resume(
         config(
             training={"local_batch_size": 2},
             parallelism={"data_parallel_shard_degree": 2},
@@ -89,7 +89,7 @@ def test_the_same_run_goes_on_with_another_layout_and_other_intervals(config, ru
 def test_another_recipe_or_other_data_are_refused_with_what_differs(config, run, changed, said):
     before = _files(run)
     with pytest.raises(UserError) as refused:
-        find_start(config(**changed))
+        plan_resume(config(**changed))
     text = str(refused.value)
     assert text.startswith(f"{run} holds another run: ") and said in text and "\n" not in text
     assert text.endswith(
@@ -105,27 +105,27 @@ def test_a_learning_rate_is_named_as_the_recipe_names_it(config, run):
     faster = dataclasses.replace(group, optimizer_kwargs={**group.optimizer_kwargs, "lr": 0.5})
     optimizer = dataclasses.replace(other.optimizer, param_groups=[faster])
     with pytest.raises(UserError, match=r"holds another run: \[optimizer\] lr: [0-9.e-]+ -> 0\.5\."):
-        find_start(dataclasses.replace(other, optimizer=optimizer))
+        plan_resume(dataclasses.replace(other, optimizer=optimizer))
 
 
 def test_resume_goes_on_with_changed_settings_from_a_checkpoint_only(config, run):
-    start = find_start(config(training={"steps": 200}, resume=True))
+    start = plan_resume(config(training={"steps": 200}, resume=True))
     assert start.from_step == 20
     assert start.message == f"{run}: the run goes on from step 20 with [training] steps: 100 -> 200"
     (run / "checkpoint").rename(run / "elsewhere")
     with pytest.raises(UserError, match="steps: 100 -> 200; there is no checkpoint to resume from. Choose another"):
-        find_start(config(training={"steps": 200}, resume=True))
-    assert find_start(config()).message == f"{run}: the run had no checkpoint yet and starts again"
+        plan_resume(config(training={"steps": 200}, resume=True))
+    assert plan_resume(config()).message == f"{run}: the run had no checkpoint yet and starts again"
 
 
 def test_both_flags_at_once_and_a_file_as_folder_are_refused(config, tmp_path):
     with pytest.raises(UserError, match="give one of them"):
-        find_start(config(resume=True, overwrite=True))
+        plan_resume(config(resume=True, overwrite=True))
     with pytest.raises(UserError, match="--overwrite starts without the step that --checkpoint.load_step names"):
-        find_start(config(checkpoint={"enable": True, "load_step": 20}, overwrite=True))
+        plan_resume(config(checkpoint={"enable": True, "load_step": 20}, overwrite=True))
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="dump_folder = '.*/run' is a file"):
-        find_start(config())
+        plan_resume(config())
 
 
 def test_overwrite_keeps_the_old_run_beside_the_new_one(config, run, tmp_path):
@@ -134,27 +134,27 @@ def test_overwrite_keeps_the_old_run_beside_the_new_one(config, run, tmp_path):
         (run / name / "of_the_old_run").touch()
     before = _files(run)
     (tmp_path / "run.1").mkdir()
-    start = find_start(config(training={"steps": 200}, overwrite=True))
+    start = plan_resume(config(training={"steps": 200}, overwrite=True))
     assert (start.from_step, start.set_aside) == (None, [run]) and run.exists()
     start.settle()
     assert _files(tmp_path / "run.2") == before
     assert [path.name for path in run.rglob("*")] == ["comm_traces"]
-    assert find_start(config(training={"steps": 200})).from_step is None
+    assert plan_resume(config(training={"steps": 200})).from_step is None
 
 
 def test_overwrite_sets_aside_checkpoints_that_lie_elsewhere(config, run, tmp_path):
     (run / "checkpoint").rename(tmp_path / "elsewhere")
     checkpoint = {"enable": True, "folder": str(tmp_path / "elsewhere")}
-    assert find_start(config(checkpoint=checkpoint)).from_step == 20
-    find_start(config(checkpoint=checkpoint, overwrite=True)).settle()
+    assert plan_resume(config(checkpoint=checkpoint)).from_step == 20
+    plan_resume(config(checkpoint=checkpoint, overwrite=True)).settle()
     assert (tmp_path / "elsewhere.1/step-20/.metadata").exists() and (tmp_path / "run.1/resolved.toml").exists()
     assert not (tmp_path / "elsewhere").exists()
     remote = config(checkpoint={"enable": True, "folder": "s3://bucket/run"}, overwrite=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").touch()
     with pytest.raises(UserError, match="cannot set checkpoints in a remote folder aside"):
-        find_start(remote)
-    start = find_start(dataclasses.replace(remote, overwrite=False, resume=True))
+        plan_resume(remote)
+    start = plan_resume(dataclasses.replace(remote, overwrite=False, resume=True))
     assert start.message == f"{tmp_path}/run: the run goes on from s3://bucket/run"
 
 
@@ -162,17 +162,17 @@ def test_a_restart_of_the_same_job_does_not_overwrite_what_it_began(config, run,
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     # The job died before it set the old run aside.
-    assert find_start(config(overwrite=True)).set_aside == [run]
-    find_start(config()).record(config(), world_size=1)
-    assert find_start(config(overwrite=True)).from_step == 20
+    assert plan_resume(config(overwrite=True)).set_aside == [run]
+    plan_resume(config()).record(config(), world_size=1)
+    assert plan_resume(config(overwrite=True)).from_step == 20
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert find_start(config(overwrite=True)).set_aside == [run]
+    assert plan_resume(config(overwrite=True)).set_aside == [run]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert find_start(config(overwrite=True)).from_step == 20
+    assert plan_resume(config(overwrite=True)).from_step == 20
     # The files of the recipe were changed meanwhile.
-    assert find_start(config(overwrite=True, debug={"seed": 7})).set_aside == [run]
+    assert plan_resume(config(overwrite=True, debug={"seed": 7})).set_aside == [run]
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert find_start(config(overwrite=True)).set_aside == [run]
+    assert plan_resume(config(overwrite=True)).set_aside == [run]
 
 
 @pytest.mark.parametrize("damage", ["", "resolved = true\n[training", None])
@@ -180,9 +180,9 @@ def test_a_run_of_an_unknown_recipe_is_refused(config, run, damage):
     resolved = run / "resolved.toml"
     resolved.unlink() if damage is None else resolved.write_text(damage)
     with pytest.raises(UserError, match="holds a run without a readable resolved.toml, so that it may be of another"):
-        find_start(config())
-    assert find_start(config(resume=True)).from_step == 20
-    assert find_start(config(overwrite=True)).set_aside == [run]
+        plan_resume(config())
+    assert plan_resume(config(resume=True)).from_step == 20
+    assert plan_resume(config(overwrite=True)).set_aside == [run]
 
 
 def test_a_run_of_an_older_version_had_the_defaults_of_later_settings(config, run):
@@ -191,19 +191,19 @@ def test_a_run_of_an_older_version_had_the_defaults_of_later_settings(config, ru
     older = "".join(line for line in text.splitlines(True) if not line.startswith(("start_step", "projector_width")))
     assert len(older) < len(text)
     resolved.write_text(older)
-    assert find_start(config()).from_step == 20
+    assert plan_resume(config()).from_step == 20
     with pytest.raises(UserError, match=r"\[nitp\] start_step: 0 -> 5\."):
-        find_start(config(nitp={"start_step": 5}))
+        plan_resume(config(nitp={"start_step": 5}))
 
 
 def test_a_run_with_checkpoints_does_not_start_again_without_them(config, run):
     with pytest.raises(UserError, match=r"checkpoints up to step 20, and \[checkpoint\] enable = false would not load"):
-        find_start(config(checkpoint={"enable": False}))
+        plan_resume(config(checkpoint={"enable": False}))
 
 
 def test_every_setting_of_the_data_but_how_they_are_read_identifies_a_run(config):
     keys = {field.name for field in dataclasses.fields(TextDataLoader.Config) if not field.name.startswith("_")}
-    tables = build.to_tables(dataclasses.replace(config(), dataloader=TextDataLoader.Config()))
+    tables = build.tables_of(dataclasses.replace(config(), dataloader=TextDataLoader.Config()))
     kept = run_folder.identity(tables)["dataloader"]
     reading = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
     # Known by content and effect: tests/run/test_data_facts.py.
@@ -214,7 +214,7 @@ def test_each_start_is_one_line_and_no_setting_is_lost(config, run):
     (run / "resolved.toml").unlink()
     settings = [config(), config(training={"steps": 200, "local_batch_size": 2}), config(training={"steps": 300})]
     for each in settings:
-        find_start(dataclasses.replace(each, resume=True)).record(each, hosts=["here"], world_size=1)
+        plan_resume(dataclasses.replace(each, resume=True)).record(each, hosts=["here"], world_size=1)
         with (run / "starts.jsonl").open("a") as stream:
             # As if the start after it had been cut short.
             stream.write('{"time": ')
@@ -222,7 +222,7 @@ def test_each_start_is_one_line_and_no_setting_is_lost(config, run):
     assert first["changed"] == {}
     assert second["changed"] == {"[training] local_batch_size": [4, 2], "[training] steps": [100, 200]}
     assert third["changed"] == {"[training] local_batch_size": [2, 4], "[training] steps": [200, 300]}
-    assert first["recipe"] == run_folder.recipe_hash(build.to_tables(settings[0])) != second["recipe"]
+    assert first["recipe"] == run_folder.recipe_hash(build.tables_of(settings[0])) != second["recipe"]
     assert third["code"] == provenance.code_hash() and third["from_step"] == 20 and third["hosts"] == ["here"]
     assert third["command"][0].endswith("python") or "pytest" in " ".join(third["command"])
     assert third["versions"]["torchtitan"] == "0.3.0" and third["versions"]["nitp-titan"]
@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/starts.jsonl").mkdir()
     with pytest.raises(UserError, match="starts.jsonl cannot be written: Is a directory"):
-        find_start(config()).record(config())
+        plan_resume(config()).record(config())
 
 
 def test_git_gives_commit_and_dirty_files_and_its_absence_is_no_error(tmp_path, monkeypatch):
@@ -297,21 +297,21 @@ def test_an_earlier_step_is_gone_on_with_and_later_ones_are_set_aside(config, ru
         (run / f"{name}.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in lines))
     before = _files(run)
     other_way = config(checkpoint={"enable": True, "load_step": 3})
-    start = find_start(other_way)
+    start = plan_resume(other_way)
     assert (start.from_step, [path.name for path in start.later]) == (3, ["step-20"]) and _files(run) == before
     start.settle()
     place = run / "checkpoint/set_aside/after_step_3"
     assert f"step 20 and later metrics are now in {place}" in caplog.text
     assert _steps(place) == ["step-20"] and (place / "step-20/.metadata").exists()
     assert [json.loads(line)["step"] for line in (place / "metrics.jsonl").read_text().splitlines()] == [10, 20]
-    assert (place / "probe.jsonl").exists() and not (place / "skipped.jsonl").exists()
+    assert (place / "validation_geometry.jsonl").exists() and not (place / "skipped.jsonl").exists()
     # The next start resumes from what was trained since; only one that names the step sets that aside too.
     (run / "checkpoint/step-7").mkdir()
     (run / "checkpoint/step-7/.metadata").touch()
-    assert find_start(config()).from_step == 7 and find_start(config()).later == []
-    find_start(other_way).settle()
+    assert plan_resume(config()).from_step == 7 and plan_resume(config()).later == []
+    plan_resume(other_way).settle()
     assert _steps(run / "checkpoint/set_aside/after_step_3.1") == ["step-7"]
-    assert find_start(config()).from_step == 3
+    assert plan_resume(config()).from_step == 3
 
 
 def test_a_kill_while_later_steps_are_set_aside_loses_nothing(config, run, monkeypatch):
@@ -329,35 +329,35 @@ def test_a_kill_while_later_steps_are_set_aside_loses_nothing(config, run, monke
 
     monkeypatch.setattr(type(run), "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        find_start(other_way).settle()
+        plan_resume(other_way).settle()
     monkeypatch.undo()
-    assert find_start(config()).from_step == 40
+    assert plan_resume(config()).from_step == 40
     assert json.loads((run / "data.json").read_text()) == of_both_ways
-    find_start(other_way).settle()
+    plan_resume(other_way).settle()
     assert json.loads((run / "data.json").read_text()) == [facts]
     aside = run / "checkpoint/set_aside"
     assert json.loads((aside / "after_step_3.1/data.json").read_text()) == of_both_ways
     assert _steps(aside / "after_step_3") + _steps(aside / "after_step_3.1") == ["step-20", "step-30", "step-40"]
-    assert find_start(config()).from_step == 3
+    assert plan_resume(config()).from_step == 3
 
 
 def test_a_restarted_job_goes_on_with_the_way_that_it_has_taken(config, run, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     other_way = config(checkpoint={"enable": True, "load_step": 3})
-    start = find_start(other_way)
+    start = plan_resume(other_way)
     start.settle()
     start.record(other_way)
     (run / "checkpoint/step-9").mkdir()
     (run / "checkpoint/step-9/.metadata").touch()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    again = find_start(other_way)
+    again = plan_resume(other_way)
     assert (again.from_step, again.later) == (9, [])
     # And at each further restart.
     again.record(other_way)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert (find_start(other_way).from_step, find_start(other_way).later) == (9, [])
+    assert (plan_resume(other_way).from_step, plan_resume(other_way).later) == (9, [])
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert find_start(other_way).from_step == 3
+    assert plan_resume(other_way).from_step == 3
 
 
 def _without_checkpoints(run):
@@ -373,13 +373,13 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(config, run, evidence):
     elif evidence == "a start":
         (run / "starts.jsonl").write_text('{"from_step": 20}\n')
     else:
-        find_start(config()).note_checkpoint(20)
+        plan_resume(config()).note_checkpoint(20)
     before = _files(run)
     message = f"{run} holds a run that has logged step .* and had checkpoints, and {run}/checkpoint holds none. Bring"
     for resume in (False, True):
         with pytest.raises(UserError, match=message):
-            find_start(config(resume=resume))
-    assert _files(run) == before and find_start(config(overwrite=True)).set_aside == [run]
+            plan_resume(config(resume=resume))
+    assert _files(run) == before and plan_resume(config(overwrite=True)).set_aside == [run]
 
 
 def test_a_finished_run_without_checkpoints_does_not_start_again(config, run):
@@ -387,21 +387,21 @@ def test_a_finished_run_without_checkpoints_does_not_start_again(config, run):
     plain = {"checkpoint": {"enable": False}}
     recipe.write_resolved(config(**plain), run)
     (run / "metrics.jsonl").write_text('{"step": 99}\n')
-    assert find_start(config(**plain)).message.endswith("the run had no checkpoint yet and starts again")
+    assert plan_resume(config(**plain)).message.endswith("the run had no checkpoint yet and starts again")
     (run / "metrics.jsonl").write_text('{"step": 100}\n')
     with pytest.raises(UserError, match="holds a finished run of 100 steps without checkpoints, .* with --overwrite"):
-        find_start(config(**plain))
-    assert find_start(config(**plain, overwrite=True)).set_aside == [run]
+        plan_resume(config(**plain))
+    assert plan_resume(config(**plain, overwrite=True)).set_aside == [run]
 
 
 def test_fewer_steps_than_done_are_refused_and_a_finished_run_says_so(config, run):
     before = _files(run)
     message = r"the run has done 20 steps, and \[training\] steps = 10\. Take more steps, or an earlier"
     with pytest.raises(UserError, match=message):
-        find_start(config(training={"steps": 10}, resume=True))
+        plan_resume(config(training={"steps": 10}, resume=True))
     assert _files(run) == before
     recipe.write_resolved(config(training={"steps": 20}), run)
-    start = find_start(config(training={"steps": 20}))
+    start = plan_resume(config(training={"steps": 20}))
     assert start.message == f"{run}: the run has done its 20 steps, nothing is left to train"
 
 
@@ -413,7 +413,7 @@ def test_overwrite_renames_no_folder_that_more_lies_in(config, run, place, monke
     settings = dataclasses.replace(settings, hf_assets_path=str(assets))
     before = _files(run)
     with pytest.raises(UserError, match="--overwrite would rename .*, in which .* lies. Choose another --dump_folder"):
-        find_start(settings)
+        plan_resume(settings)
     assert _files(run) == before
 
 
@@ -428,14 +428,14 @@ def test_overwrite_does_not_rename_the_data_that_it_reads(config, run, assets, t
     else:
         settings = dataclasses.replace(settings, validator=dataclasses.replace(settings.validator, dataloader=mixture))
     with pytest.raises(UserError) as refused:
-        find_start(settings)
+        plan_resume(settings)
     assert f"would rename {run}, in which [{table}] dataset_path ({places[0]}) lies" in str(refused.value)
 
 
 def test_overwrite_does_not_rename_the_checkpoint_that_it_starts_from(config, run):
     checkpoint = {"enable": True, "initial_load_path": str(run / "checkpoint/step-20")}
     with pytest.raises(UserError, match=r"in which \[checkpoint\] initial_load_path .* lies"):
-        find_start(config(checkpoint=checkpoint, overwrite=True))
+        plan_resume(config(checkpoint=checkpoint, overwrite=True))
 
 
 @pytest.mark.parametrize("name", ["metrics", "validation", "geometry", "probe", "skipped", "starts"])
@@ -447,7 +447,7 @@ def test_a_damaged_file_of_lines_is_set_aside_and_named(config, run, name, damag
         path.mkdir()
     else:
         path.write_bytes(good + damage + good + b'{"step": 2, "cut')
-    find_start(config()).settle()
+    plan_resume(config()).settle()
     if name == "starts" and damage == b'{"loss": 1}\n':
         # A line of a start has no step.
         assert "was damaged" not in caplog.text
@@ -458,15 +458,15 @@ def test_a_damaged_file_of_lines_is_set_aside_and_named(config, run, name, damag
     else:
         assert path.read_bytes() == 2 * good and (run / f"{name}.jsonl.damaged").read_bytes() == damage
         path.write_bytes(damage)
-        find_start(config()).settle()
+        plan_resume(config()).settle()
         assert (run / f"{name}.jsonl.damaged.1").read_bytes() == damage
 
 
 def test_a_run_in_weights_and_biases_is_the_same_at_every_start_but_not_on_another_way(config, run, monkeypatch):
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
-    first = find_start(config())
+    first = plan_resume(config())
     first.record(config())
-    assert first.wandb_id and find_start(config()).wandb_id == first.wandb_id
-    assert find_start(config(checkpoint={"enable": True, "load_step": 3})).wandb_id != first.wandb_id
+    assert first.wandb_id and plan_resume(config()).wandb_id == first.wandb_id
+    assert plan_resume(config(checkpoint={"enable": True, "load_step": 3})).wandb_id != first.wandb_id
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    assert find_start(config()).wandb_id == "mine"
+    assert plan_resume(config()).wandb_id == "mine"

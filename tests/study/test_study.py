@@ -81,7 +81,7 @@ def test_a_rank_falls_if_it_ends_a_twentieth_below_its_peak(tmp_path, last, seen
         probe = [
             {"step": step, "hidden": {"effective_rank": rank}} for step, rank in ((100, 50.0), (200, 12.0), (300, last))
         ]
-        (folder / "probe.jsonl").write_text("".join(json.dumps(record) + "\n" for record in probe))
+        (folder / "validation_geometry.jsonl").write_text("".join(json.dumps(record) + "\n" for record in probe))
     row = _rows(mechanisms_table(read_study(tmp_path)))["effective rank of NTP falls after its peak"]
     assert row["seen"] == seen and row["value"].startswith(f"{last / 12:.2f}")
 

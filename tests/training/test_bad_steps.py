@@ -10,10 +10,9 @@ import torch
 from helpers import make_config, parameters
 from torch import nn
 
-from nitp_titan.config.sections import GuardConfig
 from nitp_titan.errors import UserError
-from nitp_titan.metrics_file import read_records
-from nitp_titan.training.bad_steps import BadModule, describe, Finding
+from nitp_titan.step_files import read_records
+from nitp_titan.training.bad_steps import BadModule, BadStepsConfig, describe, Finding
 from nitp_titan.training.trainer import NITPTrainer
 
 NAN = float("nan")
@@ -171,16 +170,16 @@ def test_a_run_that_has_skipped_more_than_its_new_bound_stops_at_the_next_bad_st
     def spoil(trainer):
         return _poison(trainer, "norm", (2, 3, 4, 5), gradient=True)
 
-    trainer, _ = _build(tmp_path, spoil, checkpoint=True, guard=GuardConfig(max_skipped_steps=3))
+    trainer, _ = _build(tmp_path, spoil, checkpoint=True, guard=BadStepsConfig(max_skipped_steps=3))
     _run(trainer)
     assert [record["step"] for record in read_records(tmp_path / "skipped.jsonl")] == [2, 3, 4]
     for bound in (3, 2, 0):
-        guard = GuardConfig(max_skipped_steps=bound)
+        guard = BadStepsConfig(max_skipped_steps=bound)
         resumed, before = _build(
             tmp_path, spoil, checkpoint=True, guard=guard, training={"steps": 6}, resume=True, metrics={"log_freq": 100}
         )
         message = _message(resumed)
-        assert f"; 3 skipped before, [guard] max_skipped_steps = {bound}. Training has stopped." in message
+        assert f"; 3 skipped before, [bad_steps] max_skipped_steps = {bound}. Training has stopped." in message
         assert message.startswith("step 5: the gradient of norm.weight is nan")
         after = parameters(resumed)
         assert all(torch.equal(before[0][name], after[name]) for name in after)
@@ -235,7 +234,7 @@ def test_a_skipped_step_leaves_out_its_update_and_nothing_else(assets, tmp_path,
     trainer, spoilt = _build(
         tmp_path / "guarded",
         lambda trainer: _poison(trainer, "layers.2.attention.wo", (2,), gradient=True),
-        guard=GuardConfig(max_skipped_steps=1),
+        guard=BadStepsConfig(max_skipped_steps=1),
         **sections,
     )
     _run(trainer)
@@ -276,7 +275,7 @@ def test_a_checkpoint_after_skipped_steps_alone_is_gone_on_from(assets, tmp_path
     def spoil(trainer):
         return _poison(trainer, "norm", (1, 2), gradient=True)
 
-    options = {"checkpoint": True, "guard": GuardConfig(max_skipped_steps=2), "lr_scheduler": {"total_steps": 3}}
+    options = {"checkpoint": True, "bad_steps": BadStepsConfig(max_skipped_steps=2), "lr_scheduler": {"total_steps": 3}}
     stopped, _ = _build(tmp_path, spoil, training={"steps": 2}, **options)
     _run(stopped)
     resumed, _ = _build(tmp_path, training={"steps": 3}, resume=True, **options)
@@ -292,7 +291,7 @@ def test_a_spike_is_skipped_by_its_norm_and_the_bound_counts_resumed_steps(asset
     def spoil(trainer):
         return _poison(trainer, "norm", (2, 5), gradient=True, factor=1e3)
 
-    guard = GuardConfig(max_skipped_steps=1, skip_above=50.0)
+    guard = BadStepsConfig(max_skipped_steps=1, skip_above=50.0)
     trainer, _ = _build(tmp_path, spoil, checkpoint=True, guard=guard)
     _run(trainer)
     assert _steps(tmp_path) == [1, 3, 4]
@@ -330,7 +329,7 @@ def test_float8_with_zero_and_huge_hidden_states_trains_or_is_stopped(assets, tm
 
 def test_two_ranks_stop_at_once_and_name_the_bad_one(torchrun, tmp_path):
     (tmp_path / "bad_loss.py").write_text(
-        "import os\nfrom nitp_titan.objectives.maths import cosine_loss\ncalls = 0\n\n\n"
+        "import os\nfrom nitp_titan.objectives.distances import cosine_loss\ncalls = 0\n\n\n"
         "def distance(prediction, target):\n"
         "    global calls\n"
         # It is tried on small tensors first.
@@ -410,22 +409,22 @@ def test_gradients_whose_common_norm_alone_overflows_are_bad():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"max_skipped_steps": -1}, "[guard] max_skipped_steps = -1, but it must be at least 0."),
+        ({"max_skipped_steps": -1}, "[bad_steps] max_skipped_steps = -1, but it must be at least 0."),
         (
             {"max_skipped_steps": 1, "skip_above": 0.0},
-            "[guard] skip_above = 0.0, but it must be a finite number above 0, or 'none'.",
+            "[bad_steps] skip_above = 0.0, but it must be a finite number above 0, or 'none'.",
         ),
         (
             {"max_skipped_steps": 1, "skip_above": NAN},
-            "[guard] skip_above = nan, but it must be a finite number above 0, or 'none'.",
+            "[bad_steps] skip_above = nan, but it must be a finite number above 0, or 'none'.",
         ),
         (
             {"skip_above": 10.0},
-            "[guard] skip_above = 10.0, but it must be 'none' while max_skipped_steps = 0 skips no step.",
+            "[bad_steps] skip_above = 10.0, but it must be 'none' while max_skipped_steps = 0 skips no step.",
         ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError) as error:
-        GuardConfig(**settings)
+        BadStepsConfig(**settings)
     assert str(error.value) == message

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import make_config, parameters
 
-from nitp_titan.metrics_file import read_records
+from nitp_titan.step_files import read_records
 
 FILES = ("metrics.jsonl", "validation.jsonl", "geometry.jsonl")
 # What the clock and the machine say.

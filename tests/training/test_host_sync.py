@@ -9,9 +9,9 @@ from helpers import make_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.models.common.attention import FlexAttention
 
-from nitp_titan.objectives.loss import NITPLoss
-from nitp_titan.objectives.maths import nitp_loss_sum
-from nitp_titan.training.trainer import model_spec_with_nitp
+from nitp_titan.config.trained import trained
+from nitp_titan.objectives.distances import nitp_loss_sum
+from nitp_titan.objectives.loss import AuxiliaryLoss
 
 DEVICE = "meta"
 
@@ -55,7 +55,7 @@ class _Attention(FlexAttention):
 
 def _trace(config) -> torch.Tensor:
     """Forward, loss, backward and the metrics' buffer of two micro-batches."""
-    spec = model_spec_with_nitp(config)
+    spec = trained(config).model_spec
     spec.model.update_from_config(config=config)
     settings = config.loss
     with torch.device(DEVICE):
@@ -63,10 +63,10 @@ def _trace(config) -> torch.Tensor:
         for layer in model.layers.values():
             layer.attention.inner_attention.forward = _Attention.forward.__get__(layer.attention.inner_attention)
         model._skip_lm_head = True
-        loss = NITPLoss.Config(num_chunks=settings.num_chunks, loss_fn=settings.loss_fn, nitp=config.nitp).build()
+        loss = AuxiliaryLoss.Config(num_chunks=settings.num_chunks, loss_fn=settings.loss_fn, nitp=config.nitp).build()
         loss.set_lm_head(model.lm_head)
         loss.prepare(model.nitp.projector, num_microbatches=2, device=torch.device(DEVICE))
-        loss.set_step(weight=1.0, num_terms=torch.ones((), dtype=torch.int64))
+        loss.begin_step(weight=1.0, num_terms=torch.ones((), dtype=torch.int64))
         tokens = torch.zeros(2, config.training.seq_len, dtype=torch.int64)
         valid_tokens = torch.ones((), dtype=torch.int64)
         with _NoHostSync():
@@ -74,7 +74,7 @@ def _trace(config) -> torch.Tensor:
                 pred = model(tokens, positions=tokens)
                 total, _ = loss(pred, tokens, valid_tokens)
                 total.backward()
-            return loss.parts.sum(0)
+            return loss.losses.sum(0)
 
 
 VARIANTS = {
@@ -124,7 +124,7 @@ def test_counters_stay_where_they_are_from_step_to_step(assets, tmp_path):
     for step in range(1, 4):
         trainer.step = step
         trainer.train_step(batches)
-        seen.append([tensor.data_ptr() for tensor in (loss.parts, loss.weight, loss.num_terms)])
+        seen.append([tensor.data_ptr() for tensor in (loss.losses, loss.weight, loss.num_terms)])
     trainer.close()
     assert seen[0] == seen[1] == seen[2]
 

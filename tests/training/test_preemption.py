@@ -13,8 +13,8 @@ import pytest
 from processes import free_port, PROJECT
 
 from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.metrics_file import read_records
-from nitp_titan.training.preemption import STOPPED, STOPPED_FILE, StopSignal
+from nitp_titan.step_files import read_records
+from nitp_titan.training.preemption import EXIT_PREEMPTED, PREEMPTED_FILE, PreemptionSignal
 
 NUM_STEPS = 60
 _SETTINGS = "training.seq_len", 128, "training.global_batch_size", 4, "training.local_batch_size", 2
@@ -26,15 +26,15 @@ SMALL += ["--validator.no-enable", "--geometry.no-enable"]
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 def test_one_rank_knows_of_its_signal_at_once_and_the_handler_is_put_back(monkeypatch, tmp_path, number, name):
     marker = tmp_path / "stopped"
-    monkeypatch.setenv(STOPPED_FILE, str(marker))
+    monkeypatch.setenv(PREEMPTED_FILE, str(marker))
     marker.touch()
     before = signal.getsignal(number)
-    with StopSignal(None) as stop:
+    with PreemptionSignal(None) as stop:
         assert not marker.exists(), "a marker of an earlier start"
-        assert not stop.agreed()
+        assert not stop.should_stop()
         os.kill(os.getpid(), number)
-        assert stop.agreed() and stop.agreed() and stop.reason == name
-        stop.announce()
+        assert stop.should_stop() and stop.should_stop() and stop.reason == name
+        stop.mark_saved()
     assert marker.exists()
     assert signal.getsignal(number) is before
 
@@ -51,7 +51,7 @@ def send():
         os.kill(os.getpid(), signal.SIGINT)
 
 stopping._SECONDS_PASSED_ON = 1
-with stopping.StopSignal(None):
+with stopping.PreemptionSignal(None):
     threading.Thread(target=send).start()
     hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
 """
@@ -140,7 +140,7 @@ def test_sigterm_saves_after_the_same_step_on_all_ranks_and_exits_with_its_statu
     run.wait_for_step(5, process)
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == STOPPED, run.text()
+    assert process.wait(timeout=60) == EXIT_PREEMPTED, run.text()
     assert time.monotonic() - started < 15
     checkpoint = Checkpoint(run.folder)
     assert 5 <= checkpoint.step < 20, "no step of the interval"
@@ -156,7 +156,7 @@ def test_ctrl_c_saves_as_sigterm_does(run):
     process = run.start()
     run.wait_for_step(Checkpoint(run.folder).step + 3, process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == STOPPED, run.text()
+    assert process.wait(timeout=60) == EXIT_PREEMPTED, run.text()
     assert "Ctrl-C: this step is finished and saved; a second one ends training at once." in run.text()
     assert f"Stopped by Ctrl-C after step {Checkpoint(run.folder).step};" in run.text()
     assert "KeyboardInterrupt" not in run.text() and "Traceback" not in run.text()

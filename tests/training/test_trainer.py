@@ -10,8 +10,8 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.trainer import Trainer
 
 from nitp_titan.errors import UserError
-from nitp_titan.metrics_file import read_records
-from nitp_titan.training import cpu
+from nitp_titan.machine import cpu
+from nitp_titan.step_files import read_records
 
 
 def _stock(config) -> Trainer:

@@ -18,9 +18,9 @@ from nitp_titan.cli import catalog
 from nitp_titan.config import recipe
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.errors import UserError
-from nitp_titan.metrics_file import read_records
 from nitp_titan.report.runs import read_arms
-from nitp_titan.training.preemption import STOPPED
+from nitp_titan.step_files import read_records
+from nitp_titan.training.preemption import EXIT_PREEMPTED
 from nitp_titan.training.trainer import validator_with_streams
 from nitp_titan.training.validator import ValidationData, ValidationSkipped, ValidationStopped
 
@@ -320,7 +320,7 @@ def test_a_run_of_the_paper_ends_with_figures_of_its_last_step(assets, tmp_path)
     trainer.close()
     for step, due in ((47_683, False), (47_684, True), (47_685, False)):
         assert trainer.metrics_processor.should_log(step) is due
-        assert trainer.meter.due(step) is due
+        assert trainer.tracker.due(step) is due
         assert trainer.validator.should_validate(step) is due
 
 
@@ -332,7 +332,7 @@ def test_validation_projects_only_what_the_probe_measures(assets, tmp_path):
     trainer.close()
     # One global batch of four sequences, though two are validated.
     assert sum(shape[0] * shape[1] for shape in calls) == 4 * 128
-    (probed,) = read_records(tmp_path / "probe.jsonl")
+    (probed,) = read_records(tmp_path / "validation_geometry.jsonl")
     assert probed["hidden"]["tokens"] == 4 * 128
 
 
@@ -344,7 +344,7 @@ def test_steps_are_global_batches_whatever_a_rank_takes_at_once(assets, tmp_path
         trainer.validator.validate(trainer.model_parts, 1)
         trainer.close()
         losses += [read_records(tmp_path / f"{local}/validation.jsonl")[0]["ntp_loss"]]
-        probes += [read_records(tmp_path / f"{local}/probe.jsonl")[0]["hidden"]]
+        probes += [read_records(tmp_path / f"{local}/validation_geometry.jsonl")[0]["hidden"]]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
     assert [probe["tokens"] for probe in probes] == [4 * 128] * 3
     assert [probe["cosine"] for probe in probes] == pytest.approx([probes[0]["cosine"]] * 3, abs=1e-5)
@@ -380,7 +380,7 @@ def test_training_goes_on_after_a_validation_that_was_left_out(assets, tmp_path,
     assert [record["step"] for record in records] == [1, 2, 3]
     assert "owner/name: it asks to wait (429" in records[1].pop("skipped") and records[1] == {"step": 2}
     assert "ntp_loss" in records[2]
-    assert [record["step"] for record in read_records(tmp_path / "probe.jsonl")] == [1, 3]
+    assert [record["step"] for record in read_records(tmp_path / "validation_geometry.jsonl")] == [1, 3]
     assert all(part.training for part in trainer.model_parts)
     assert "step 2: the validation is left out, training goes on. owner/name: it asks to wait (429" in caplog.text
     assert opened.count("owner/name") == 1
@@ -412,7 +412,7 @@ def test_a_run_that_is_told_to_stop_while_it_validates_saves_at_once_and_validat
         return 0, [trainer.step, model.training]
 
     assert train("whole") == (0, [3, True])
-    assert train("stopped", stop_at=2) == (STOPPED, [2, True])
+    assert train("stopped", stop_at=2) == (EXIT_PREEMPTED, [2, True])
     steps = [[record["step"] for record in read_records(tmp_path / f"stopped/{file}.jsonl")] for file in FILES]
     assert steps == [[1]] * 4 and (tmp_path / "stopped/checkpoint/step-2/.metadata").exists()
     # After the last step only its validation is left, which is finished.

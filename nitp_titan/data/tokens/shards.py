@@ -32,12 +32,8 @@ from nitp_titan.data.tokens.folder import (
     shard_name,
     UNFINISHED,
 )
-from nitp_titan.errors import (
-    away,
-    first_line,
-    surroundings,
-    UserError,
-)
+from nitp_titan.errors import first_line, UserError
+from nitp_titan.machine.failures import away, surroundings
 
 _TYPECODES = {"uint16": "H", "uint32": "I"}
 

@@ -13,6 +13,7 @@ from multiprocessing import connection
 from nitp_titan.data.tokens.folder import Shard
 from nitp_titan.data.tokens.shards import Job, load_tokenizer
 from nitp_titan.errors import UserError
+from nitp_titan.progress import time_left
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -153,9 +154,6 @@ class _Progress:
         say("  ".join(part for part in parts if part))
 
     def _left(self, now: tuple[int, int, int], seconds: float) -> str:
-        # Imported where it is needed: with it comes half of TorchTitan, which no worker wants.
-        from nitp_titan.training.metrics import time_left
-
         # How many documents a stream has is known at its end only.
         which, total = (0, self._job.num_shards) if self._job.num_documents is None else (1, self._job.num_documents)
         written = now[which] - self._first[which]

@@ -42,9 +42,8 @@ from nitp_titan.data.tokens.shards import (
     write_durably,
 )
 from nitp_titan.data.tokens.workers import write_shards
-from nitp_titan.errors import UserError
+from nitp_titan.errors import changed_values, changes_text, UserError
 from nitp_titan.files import sha256
-from nitp_titan.runs.run_folder import changed_values, listed, shown_setting
 
 MIN_SHARDS = 64
 MAX_SHARD_BYTES = 2**28
@@ -89,8 +88,7 @@ def _refuse_other(folder: Path, before: dict[str, Any], settings: dict[str, Any]
     now = settings | {"num_shards": num_shards or before["num_shards"]}
     changed = changed_values(_named(**before), _named(**now))
     if changed:
-        parts = [f"{name}: {shown_setting(old)} -> {shown_setting(new)}" for name, (old, new) in changed.items()]
-        raise UserError(f"--out {folder} holds other tokens: {listed(parts)}. Choose another --out.")
+        raise UserError(f"--out {folder} holds other tokens: {changes_text(changed)}. Choose another --out.")
 
 
 def _named(source: dict[str, Any], tokenizer_files: dict[str, str], num_shards: int) -> dict[str, Any]:

@@ -10,67 +10,66 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nitp_titan.errors import UserError
-from nitp_titan.runs import provenance, run_folder
+from nitp_titan.config.tables import flat_settings, Tables
+from nitp_titan.errors import changed_values, first_few, setting_repr, UserError
+from nitp_titan.runs import provenance
 from nitp_titan.runs.data_facts import by_name
+from nitp_titan.runs.run_folder import ResumePlan
 
 _DIGITS = 12
 
 
 def leads_node(config) -> bool:
     """Whether this rank looks at files for all ranks of its node: a file system would slow down under thousands."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" or _is_alone(config)
+    return os.environ.get("LOCAL_RANK", "0") == "0" or is_alone(config)
 
 
-def _is_alone(config) -> bool:
+def is_alone(config) -> bool:
+    """Whether this process is the whole run."""
     # Of simulated ranks only this one is there.
     return config.comm.mode in ("fake_backend", "local_tensor") or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def settle(config, start: run_folder.Start | None) -> tuple[list[str], run_folder.Start]:
-    """Let all ranks agree on what they run; then rank 0 settles the run folder before any rank uses it. A collective.
+def agree(config, tables: Tables, plan: ResumePlan | None) -> tuple[list[str], ResumePlan]:
+    """Let all ranks agree on what they run; then rank 0 claims the run folder before any rank uses it. A collective.
 
     Args:
         config: the ``NITPTrainer.Config`` that this rank has read.
-        start: what the first rank of a node found in the run folder; None on its other ranks.
+        tables: of the config.
+        plan: what the first rank of a node found in the run folder; None on its other ranks.
 
     Returns:
-        Names of the hosts, each once; and what rank 0 found.
+        Names of the hosts, each once; and the plan of rank 0, on other ranks without its data.
 
     Raises:
-        UserError: as `check` and `Start.settle`.
+        UserError: as `check_ranks_agree` and `ResumePlan.claim`.
     """
-    alone = _is_alone(config)
-    hosts = [socket.gethostname()] if alone else check(settings(config), None if start is None else facts(start))
+    alone = is_alone(config)
+    hosts = [socket.gethostname()]
+    if not alone:
+        hosts = check_ranks_agree(flat_settings(tables), None if plan is None else local_facts(plan))
     if dist.get_rank() == 0:
-        start.settle()
+        plan.claim()
     if not alone:
         # Not a barrier, which for NCCL wants to know the device.
-        found = [start and replace(start, data=None)]
+        found = [plan and replace(plan, data=None)]
         dist.broadcast_object_list(found, src=0)
-        start = start or found[0]
-    return hosts, start
+        plan = plan or found[0]
+    return hosts, plan
 
 
-def settings(config) -> dict[str, Any]:
-    """Every setting of a ``NITPTrainer.Config``, by the name that messages give it."""
-    from nitp_titan.config import build
-
-    return run_folder.named(build.to_tables(config))
-
-
-def facts(start: run_folder.Start) -> dict[str, Any]:
+def local_facts(plan: ResumePlan) -> dict[str, Any]:
     """What has to be the same on all nodes besides the settings, by the name that messages give it.
 
     Args:
-        start: what the first rank of this node found in the run folder.
+        plan: what the first rank of this node found in the run folder.
     """
     found: dict[str, Any] = {"nitp_titan code": provenance.code_hash()[:_DIGITS]}
     found |= provenance.versions()
-    found |= by_name(start.data)
-    found["--overwrite"] = bool(start.set_aside)
-    found["checkpoint to go on from"] = start.from_step
-    found["initial checkpoint"] = start.initial_load_path
+    found |= by_name(plan.data)
+    found["--overwrite"] = bool(plan.archived)
+    found["checkpoint to resume from"] = plan.from_step
+    found["initial checkpoint"] = plan.initial_load_path
     return found
 
 
@@ -83,7 +82,7 @@ def largest(value: int, group: dist.ProcessGroup | None) -> int:
     return int(found)
 
 
-def check(settings: dict[str, Any], facts: dict[str, Any] | None = None) -> list[str]:
+def check_ranks_agree(settings: dict[str, Any], facts: dict[str, Any] | None = None) -> list[str]:
     """Compare what all ranks run with what rank 0 runs. A collective.
 
     Args:
@@ -118,10 +117,10 @@ def _gathered(value: Any) -> list[Any]:
 
 def differences(first: dict[str, Any], mine: dict[str, Any]) -> str:
     """What a rank has and rank 0 has not, as one short text; empty if they agree."""
-    return run_folder.listed(
+    return first_few(
         [
-            f"{name} = {run_folder.shown_setting(value)}, rank 0 has {run_folder.shown_setting(other)}"
-            for name, (other, value) in run_folder.changed_values(first, mine).items()
+            f"{name} = {setting_repr(value)}, rank 0 has {setting_repr(other)}"
+            for name, (other, value) in changed_values(first, mine).items()
         ]
     )
 
@@ -133,7 +132,7 @@ def message(by_rank: list[str]) -> str:
         if text:
             alike.setdefault(text, []).append(rank)
     parts = [f"{_ranks(ranks)}: {text}" for text, ranks in alike.items()]
-    return f"the ranks of this run do not agree. {run_folder.listed(parts)}. All of them must read the same files."
+    return f"the ranks of this run do not agree. {first_few(parts)}. All of them must read the same files."
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from nitp_titan.errors import surroundings
-from nitp_titan.metrics_file import MetricsFile, read_records
+from nitp_titan.machine.failures import surroundings
+from nitp_titan.step_files import read_records, StepFile
 
 
 def _write(path, steps, *, resume=None):
-    file = MetricsFile(path)
+    file = StepFile(path)
     if resume is not None:
         file.resume(resume)
     for step in steps:
@@ -49,7 +49,7 @@ def test_a_resume_without_a_file_starts_one(tmp_path):
 
 def test_a_full_disk_is_said_with_the_file(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file = StepFile(tmp_path / "metrics.jsonl")
     with pytest.raises(OSError) as error:
         file.append({"step": 1})
     assert str(surroundings(error.value)) == f"{tmp_path}/metrics.jsonl cannot be used: the disk is full."

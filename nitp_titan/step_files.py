@@ -9,11 +9,11 @@ from typing import Any
 from nitp_titan.errors import at
 from nitp_titan.files import free_path, write_atomically
 
-STEP_FILES = ("metrics", "validation", "geometry", "probe", "skipped")
+STEP_FILES = ("metrics", "validation", "geometry", "validation_geometry", "skipped")
 """Files of a run folder with a line per step; each is ``<name>.jsonl``."""
 
 
-class MetricsFile:
+class StepFile:
     """Appends one JSON object per step, each step once.
 
     A file that is not resumed starts anew: a run folder holds one run (`run_folder`), whose steps run again.

@@ -29,10 +29,10 @@ from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.protocols.model_spec import ModelSpec
 
 from nitp_titan.errors import UserError
-from nitp_titan.training import quiet
-from nitp_titan.training.threads import num_threads
+from nitp_titan.machine import quiet
+from nitp_titan.machine.threads import num_threads
 
-DENSE_ATTENTION = "nitp_titan.training.cpu.dense_flex_attention"
+DENSE_ATTENTION = "nitp_titan.machine.cpu.dense_flex_attention"
 
 
 def active() -> bool:

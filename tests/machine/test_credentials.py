@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from helpers import make_config
 
-from nitp_titan.credentials import redact
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import TextSource
-from nitp_titan.errors import exit_with, UserError
+from nitp_titan.errors import UserError
+from nitp_titan.machine.credentials import redact
+from nitp_titan.machine.exits import exit_with
 from nitp_titan.runs import provenance
 
 SECRET = "hf_0123456789abcdef"
