@@ -1,8 +1,8 @@
 """Effective rank, cosine and spectrum of pretrained models' hidden states, layer by layer, on a text of yours.
 
-python scripts/geometry.py --model outputs/hf/nitp --text assets/stdlib/validation.jsonl --out outputs/probe
+python scripts/geometry.py --model outputs/hf/nitp --text assets/stdlib/validation.jsonl --out outputs/geometry
 python scripts/geometry.py --model ntp=outputs/hf/ntp nitp=outputs/hf/nitp \\
-    --text corpus.jsonl --dtype bfloat16 --out outputs/probe         # side by side, differences to the first
+    --text corpus.jsonl --dtype bfloat16 --out outputs/geometry         # side by side, differences to the first
 
 Any causal language model that transformers loads: a folder, or owner/name on the Hugging Face hub. The figures are
 those of training's geometry.jsonl. The first --seq-len tokens of every document are one sequence; all models read the
@@ -16,7 +16,7 @@ import _checkout  # noqa: F401
 
 from nitp_titan.evaluation.geometry import (
     check,
-    probe,
+    measure_models,
     say,
     Settings,
 )
@@ -50,7 +50,7 @@ def main() -> None:
     models = read_models([model for several in models for model in several])
     check(settings)
     check_writable(out)
-    result = probe(models, settings)
+    result = measure_models(models, settings)
     files = write(result, out)
     print(as_json(result) if as_text else tables(result))
     for line in result["warnings"]:

@@ -58,7 +58,7 @@ def main() -> None:
         f"scripts/evaluate.py --model {FOLDER}/hf --text {text} --suite local --limit 4 --local-suite {FOLDER}/suite "
         f"--out {FOLDER}/evaluation"
     )
-    command(f"scripts/geometry.py --model {FOLDER}/hf --text {text} --tokens 1000 --out {FOLDER}/probe")
+    command(f"scripts/geometry.py --model {FOLDER}/hf --text {text} --tokens 1000 --out {FOLDER}/geometry")
     os.environ["NETWORK_ATTEMPTS"] += "_for_the_hub"
     train("hub", 1, "--dataloader.dataset nobody/nothing", "--dataloader.dataset_path None")
 

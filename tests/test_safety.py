@@ -84,7 +84,7 @@ def test_commands_on_local_files_try_no_network(session):
     """List, check, make assets, train both arms, resume, compare, export, evaluate, probe."""
     folder, done, attempts, _ = session
     assert not attempts
-    for made in ("report/report.md", "hf/model.safetensors", "evaluation/results.json", "probe/geometry.json"):
+    for made in ("report/report.md", "hf/model.safetensors", "evaluation/results.json", "geometry/geometry.json"):
         assert (folder / made).is_file(), done.stdout[-2000:] + done.stderr[-4000:]
     assert (folder / "runs/nitp/validation.jsonl").is_file()
     assert '"step": 3' in (folder / "runs/nitp/metrics.jsonl").read_text().splitlines()[-1]

@@ -51,7 +51,7 @@ _FILE = Constraint(lambda value: value == "" or os.path.isfile(value), "the path
 
 _LOADER = {"num_streams": _FROM_1, "seed": _FROM_0, "num_workers": _FROM_0, "prefetch_factor": _FROM_1}
 
-# Constraints that TorchTitan leaves to chance or to an assertion while it trains, by table and key. None is always allowed.
+# What TorchTitan leaves to chance or to an assertion while it trains, by table and key. None is always allowed.
 CONSTRAINTS: dict[str, dict[str, Constraint]] = {
     "training": {
         "seq_len": _at_least(2),

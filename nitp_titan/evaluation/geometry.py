@@ -131,7 +131,7 @@ def check(settings: Settings) -> None:
         )
 
 
-def probe(models: Sequence[Model], settings: Settings) -> dict[str, Any]:
+def measure_models(models: Sequence[Model], settings: Settings) -> dict[str, Any]:
     """Measure models, one after another, on the same documents.
 
     Args:
@@ -153,7 +153,7 @@ def probe(models: Sequence[Model], settings: Settings) -> dict[str, Any]:
         say(f"{name}: loading {source}")
         num_documents = measured[0]["sequences"] if measured else None
         try:
-            found, said = _probe_one(name, source, settings, num_documents)
+            found, said = _measure_one(name, source, settings, num_documents)
         except torch.OutOfMemoryError:
             way_out = "lower --batch-size or --seq-len, or take --dtype bfloat16 or --device cpu"
             raise UserError(f"{name} does not fit into the memory of {settings.torch_device()}; {way_out}.") from None
@@ -167,7 +167,7 @@ def probe(models: Sequence[Model], settings: Settings) -> dict[str, Any]:
     }
 
 
-def _probe_one(
+def _measure_one(
     name: str, source: str, settings: Settings, num_documents: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Figures of a model and warnings; without a number of documents ``settings.tokens`` ends the text."""

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from nitp_titan import markdown
-from nitp_titan.report import drawing, runs
+from nitp_titan.report import drawing, plots, runs
 from nitp_titan.report.runs import Arm, Differences
 from nitp_titan.report.stats import (
     Difference,
@@ -21,7 +21,7 @@ from nitp_titan.report.stats import (
 
 _NOTE = (
     f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of the steps that all "
-    "runs have logged, validation and probe figures are of the last such step; ± is half the range over seeds. Probe "
+    "runs have logged, validation figures are of the last such step; ± is half the range over seeds. Validation "
     "figures are of the same validation tokens in every arm. Runs one after the other say nothing of what an arm "
     "costs: scripts/overhead measures that. Intervals are 95% bootstrap intervals of the mean difference over "
     "pairs of the same seed; with three pairs such an interval goes from the smallest to the largest difference and "
@@ -31,8 +31,8 @@ _NOTE = (
 # What the summary speaks of: the first figure of each group that was measured.
 _OF_INTEREST = (
     ("validation NTP loss", "NTP loss"),
-    ("probe effective rank", "effective rank"),
-    ("probe cosine", "cosine"),
+    ("validation effective rank", "effective rank"),
+    ("validation cosine", "cosine"),
 )
 
 

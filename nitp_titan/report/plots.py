@@ -58,7 +58,7 @@ def _losses(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
 def _geometry(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
     for of, prefix, where, caption in (
         (_measured, "", "", "Last hidden states of the training mini-batches (Figure 1, App. D)."),
-        (_probed, "probe_", ", fixed tokens", "Last hidden states of the same validation tokens in every arm."),
+        (_validated, "validation_", ", fixed tokens", "Last hidden states of the same validation tokens in every arm."),
     ):
         for figure, (title, label, axis) in _GEOMETRY.items():
             yield from _plain(arms, of("hidden", figure), prefix + figure, title + where, caption + band, label, **axis)
@@ -120,8 +120,8 @@ def _measured(state: str, figure: str) -> Callable[[Run], Series]:
     return lambda run: run.geometry_series(state, figure)
 
 
-def _probed(state: str, figure: str) -> Callable[[Run], Series]:
-    return lambda run: run.probe_series(state, figure)
+def _validated(state: str, figure: str) -> Callable[[Run], Series]:
+    return lambda run: run.validation_series(state, figure)
 
 
 def _any(arms: Sequence[Arm], of: Callable[[Run], Series]) -> bool:

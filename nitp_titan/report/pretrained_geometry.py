@@ -1,4 +1,4 @@
-"""What is written of a probe: tables, figures and the numbers themselves."""
+"""Geometry of pretrained models on a page: tables, plots and the numbers themselves."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence

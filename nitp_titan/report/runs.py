@@ -22,7 +22,7 @@ _UNFAIR = {
     ("model.family", "model.flavor", "optimizer.", "lr_scheduler.", "training.max_norm"): "more than NITP is compared",
     ("checkpoint.initial_load",): "the arms may start from different weights",
     ("validator.dataloader.", "validator.steps"): "validation is not on the same tokens",
-    ("geometry.validation_batches",): "the probe is not on the same tokens",
+    ("geometry.validation_batches",): "validation geometry is not of the same tokens",
     ("training.mixed_precision", "float8.", "training.dtype"): "the arms compute in different precision",
 }
 # How data are read, which changes neither them nor their order.
@@ -38,7 +38,7 @@ class Run:
     records: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     geometry: list[dict[str, Any]]
-    probe: list[dict[str, Any]]
+    validation_geometry: list[dict[str, Any]]
     settings: dict[str, Any]
     """Every setting by ``table.key``; empty if the folder does not say."""
 
@@ -68,9 +68,9 @@ class Run:
         """Steps and values of a figure of training mini-batches."""
         return _series(self.geometry, [state, figure])
 
-    def probe_series(self, state: str, figure: str) -> Series:
+    def validation_series(self, state: str, figure: str) -> Series:
         """Steps and values of a figure of the fixed validation batches."""
-        return _series(self.probe, [state, figure])
+        return _series(self.validation_geometry, [state, figure])
 
 
 def _series(records: list[dict[str, Any]], path: Sequence[str]) -> Series:
@@ -160,7 +160,8 @@ def _run_folders(folder: Path, problems: list[str]) -> list[Path]:
 def _read_run(folder: Path, problems: list[str]) -> Run | None:
     own: list[str] = []
     files = {
-        name: _read_lines(folder / f"{name}.jsonl", own) for name in ("metrics", "validation", "geometry", "probe")
+        name: _read_lines(folder / f"{name}.jsonl", own)
+        for name in ("metrics", "validation", "geometry", "validation_geometry")
     }
     settings = _read_settings(folder / "resolved.json", own)
     if not files["metrics"]:

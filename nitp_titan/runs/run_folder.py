@@ -74,7 +74,7 @@ class ResumePlan:
     """Of the run in Weights & Biases, the same at every start."""
 
     def claim(self) -> None:
-        """Lock the folder and set aside an older run, later steps and damaged lines; rank 0, once all ranks have looked.
+        """Lock the folder, set aside an older run, later steps and damaged lines; rank 0, after all have looked.
 
         Raises:
             UserError: if that cannot be done, or another process trains in the folder.

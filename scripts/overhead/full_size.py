@@ -217,7 +217,7 @@ def _step(
     num_tokens = torch.ones((), dtype=torch.int64)
     context = dist_utils.get_spmd_context(parallel_dims=parallel_dims)
     if config.nitp.enabled:
-        loss_fn.prepare(model.nitp.projector, num_microbatches=1, device=tokens.device)
+        loss_fn.attach(model.nitp.projector, num_microbatches=1, device=tokens.device)
         loss_fn.begin_step(weight=config.nitp.weight, num_terms=num_tokens)
 
     def step() -> None:

@@ -47,13 +47,13 @@ def _validation(run: Run) -> float | None:
     return last(run.validation_series())
 
 
-def _probe(figure: str, state: str = "hidden") -> Value:
-    return lambda run: last(run.probe_series(state, figure))
+def _validated(figure: str, state: str = "hidden") -> Value:
+    return lambda run: last(run.validation_series(state, figure))
 
 
 def _rank_over_peak(run: Run) -> float | None:
     """Last effective rank over the largest one after the collapse of the first 200 steps."""
-    ranks = [rank for step, rank in zip(*run.probe_series("hidden", "effective_rank")) if step >= 200]
+    ranks = [rank for step, rank in zip(*run.validation_series("hidden", "effective_rank")) if step >= 200]
     return ranks[-1] / max(ranks) if ranks else None
 
 
@@ -83,21 +83,21 @@ def _against_ntp(arm: str, baseline: str = "ntp", note: str = "") -> list[Mechan
         ),
         Mechanism(
             f"effective rank is higher{note}",
-            "effective rank, probe",
-            _probe("effective_rank"),
+            "effective rank, validation",
+            _validated("effective_rank"),
             ".2f",
             arm,
             baseline,
             1,
         ),
-        Mechanism(f"cosine is lower{note}", "cosine, probe", _probe("cosine"), ".3f", arm, baseline, -1),
+        Mechanism(f"cosine is lower{note}", "cosine, validation", _validated("cosine"), ".3f", arm, baseline, -1),
     ]
 
 
 def _falls(arm: str, note: str = "") -> Mechanism:
     claim = f"effective rank of NTP falls after its peak{note}"
     # At most 1 by its making: a twentieth is no fall.
-    return Mechanism(claim, "last over largest, probe", _rank_over_peak, ".2f", arm, None, -1, negligible=0.05)
+    return Mechanism(claim, "last over largest, validation", _rank_over_peak, ".2f", arm, None, -1, negligible=0.05)
 
 
 MECHANISMS = [
@@ -116,7 +116,7 @@ MECHANISMS = [
     Mechanism(
         "without stop-gradient the target drifts",
         "effective rank of the target",
-        _probe("effective_rank", "target"),
+        _validated("effective_rank", "target"),
         ".2f",
         "no_stop_gradient",
         "nitp",
@@ -125,7 +125,7 @@ MECHANISMS = [
     Mechanism(
         "and lies in a narrow cone",
         "cosine of the target",
-        _probe("cosine", "target"),
+        _validated("cosine", "target"),
         ".2f",
         "no_stop_gradient",
         "nitp",

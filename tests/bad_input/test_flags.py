@@ -30,7 +30,7 @@ def test_values_are_called_as_the_messages_call_them(start):
     fields = ["--dataloader.text_field", "question", "answer", "--optimizer.weight-decay", "0.25"]
     end, config = start(*optional, *fields)
     assert config is not None, end
-    assert config.guard.skip_above is None and config.lr_scheduler.decay_ratio is None
+    assert config.bad_steps.skip_above is None and config.lr_scheduler.decay_ratio is None
     assert config.nitp.projector == "none" and config.dataloader.text_field == ["question", "answer"]
     assert config.optimizer.param_groups[0].optimizer_kwargs["weight_decay"] == 0.25
 

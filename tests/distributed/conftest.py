@@ -50,7 +50,11 @@ class Figures:
         errors = [path for end in ("signal", "error") for path in sorted(self.folder.glob(f"{name}.*.{end}"))]
         assert not errors, f"{name}: {errors[0].read_text()[-3000:]}"
         figures = json.loads((self.folder / f"{name}.json").read_text())
-        files = {"records": "metrics.jsonl", "geometry": "geometry.jsonl", "probe": "validation_geometry.jsonl"}
+        files = {
+            "records": "metrics.jsonl",
+            "geometry": "geometry.jsonl",
+            "validation_geometry": "validation_geometry.jsonl",
+        }
         paths = {key: self.folder / name / file for key, file in files.items()}
         return figures | {key: read_records(path) if path.exists() else [] for key, path in paths.items()}
 
@@ -118,9 +122,11 @@ def differences(figures):
             for key in sorted({"ntp_loss", "nitp_loss"} & {*record, *expected}):
                 check(f"step {step} {key}", record[key], expected[key], tolerance=loss)
         assert len(ours["geometry"]) == len(one["geometry"]) == 2
-        assert len(ours["probe"]) == len(one["probe"]) == int("validator" in layout.sections)
+        assert (
+            len(ours["validation_geometry"]) == len(one["validation_geometry"]) == int("validator" in layout.sections)
+        )
         close = {"rel": max(1e-5, 10 * gradient), "tolerance": max(1e-6, gradient)}
-        for kind in ("geometry", "probe"):
+        for kind in ("geometry", "validation_geometry"):
             for record, expected in zip(ours[kind], one[kind]):
                 assert list(record) == list(expected)
                 for state in set(record) - {"step"}:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import IGNORE, make_config, PackedDataLoader, train
 from numpy.testing import assert_allclose
-from test_geometry import numpy_figures
+from test_statistics import numpy_figures
 
 from nitp_titan.errors import UserError
 from nitp_titan.geometry.settings import GeometryConfig
@@ -88,7 +88,7 @@ def test_a_measured_state_equals_numpy_on_all_valid_tokens_of_the_step(measured,
     assert record[state]["tokens"] == valid.sum()
     for figure, expected in numpy_figures(x[valid]).items():
         assert_allclose(record[state][figure], expected, rtol=1e-4, err_msg=figure)
-    sequences, positions = sample_pairs(1024, 4, 128, seed=step)
+    sequences, positions = sample_pairs(torch.full((4,), 128), 1024, seed=step)
     index = (sequences * 128 + positions).numpy()
     first, second = np.split(index, 2)
     counted = valid[first] & valid[second]
@@ -153,8 +153,8 @@ def test_the_cosine_regulariser_has_no_target_and_no_projection(tmp_path, assets
     assert sorted(record) == ["hidden", "step"]
 
 
-def test_the_probe_sees_the_same_validation_tokens_each_time_and_in_every_arm(tmp_path, assets):
-    """One run trains with a learning rate of zero: its probe must not move."""
+def test_validation_geometry_sees_the_same_validation_tokens_each_time_and_in_every_arm(tmp_path, assets):
+    """One run trains with a learning rate of zero: its geometry must not move."""
     records = {}
     for name, nitp in (("ntp", {"weight": 0.0}), ("nitp", {})):
         validator = make_config(tmp_path / name, generated_data=False).validator
@@ -181,8 +181,8 @@ def test_the_probe_sees_the_same_validation_tokens_each_time_and_in_every_arm(tm
 def test_states_that_are_not_finite_do_not_stop_a_run(tmp_path, assets, caplog):
     """Spoilt while they are measured only: the loss is finite and training goes on."""
     trainer = make_config(tmp_path, geometry={"enable": True, "layers": True}, training={"steps": 1}).build()
-    see = trainer.tracker.see
-    trainer.tracker.see = lambda state, x, *rest, **options: see(
+    observe = trainer.tracker.observe
+    trainer.tracker.observe = lambda state, x, *rest, **options: observe(
         state, x.detach() * (math.inf if state == "layer_2" else 1.0), *rest, **options
     )
     trainer.step = 1
@@ -204,13 +204,13 @@ def test_a_state_without_a_valid_token_is_left_out(tmp_path, assets, caplog):
 
 
 def test_pairs_are_of_different_sequences_and_follow_the_seed():
-    sequences, positions = sample_pairs(500, 3, 16, seed=5)
+    sequences, positions = sample_pairs(torch.full((3,), 16), 500, seed=5)
     first, second = sequences.chunk(2)
     assert (first != second).all() and set(sequences.tolist()) == {0, 1, 2}
     assert set(positions.tolist()) == set(range(16))
-    again, other = sample_pairs(500, 3, 16, seed=5), sample_pairs(500, 3, 16, seed=6)
+    again, other = sample_pairs(torch.full((3,), 16), 500, seed=5), sample_pairs(torch.full((3,), 16), 500, seed=6)
     assert torch.equal(again[0], sequences) and not torch.equal(other[0], sequences)
-    sequences, positions = sample_pairs(500, 1, 16, seed=5)
+    sequences, positions = sample_pairs(torch.full((1,), 16), 500, seed=5)
     first, second = positions.chunk(2)
     assert (first != second).all() and not sequences.any()
 

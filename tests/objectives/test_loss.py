@@ -55,7 +55,7 @@ def _component(
     projector = _projector(settings)
     loss_fn = AuxiliaryLoss.Config(num_chunks=num_chunks, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
     loss_fn.set_lm_head(lm_head)
-    loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
+    loss_fn.attach(projector, num_microbatches=1, device=torch.device("cpu"))
     num_terms = torch.tensor(float(len(_terms(settings, positions, labels))))
     loss_fn.begin_step(weight=settings.weight if weight is None else weight, num_terms=num_terms)
     if settings.objective == "nitp":
@@ -187,7 +187,7 @@ def test_the_projector_takes_as_few_chunks_as_need_no_more_memory_than_the_logit
     with torch.device("meta"):
         loss_fn.set_lm_head(torch.nn.Linear(dim, vocab_size, bias=False))
         projector = build_objective(settings).module_config(dim).projector.build()
-    loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
+    loss_fn.attach(projector, num_microbatches=1, device=torch.device("cpu"))
     assert loss_fn.num_auxiliary_chunks == expected
 
 
@@ -224,7 +224,7 @@ def test_the_gradients_of_both_losses_are_added_in_float32_and_rounded_once(proj
         lm_head.weight.data.copy_(head)
         loss_fn = AuxiliaryLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
         loss_fn.set_lm_head(lm_head)
-        loss_fn.prepare(_projector(settings).bfloat16(), num_microbatches=1, device=torch.device("cpu"))
+        loss_fn.attach(_projector(settings).bfloat16(), num_microbatches=1, device=torch.device("cpu"))
         loss_fn.begin_step(weight=weight, num_terms=torch.tensor(20))
         leaf = h.clone().requires_grad_()
         loss, _ = loss_fn((leaf * 1, *target), labels, torch.tensor(tokens))
@@ -274,7 +274,7 @@ def test_a_batch_without_valid_positions_costs_nothing():
     loss_fn = AuxiliaryLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
     loss_fn.set_lm_head(torch.nn.Linear(D, V, bias=False))
     projector = _projector(settings)
-    loss_fn.prepare(projector, num_microbatches=1, device=torch.device("cpu"))
+    loss_fn.attach(projector, num_microbatches=1, device=torch.device("cpu"))
     loss_fn.begin_step(weight=3.0, num_terms=torch.tensor(0))
     h = torch.randn(1, 4, D, requires_grad=True)
     labels = torch.full((1, 4), IGNORE)
@@ -289,7 +289,7 @@ def test_parts_keep_the_last_micro_batches_only():
     settings = NITPConfig(weight=3.0, target_layer=1)
     loss_fn = AuxiliaryLoss.Config(num_chunks=2, loss_fn=CrossEntropyLoss.Config(), nitp=settings).build()
     loss_fn.set_lm_head(torch.nn.Linear(D, V, bias=False))
-    loss_fn.prepare(_projector(settings), num_microbatches=2, device=torch.device("cpu"))
+    loss_fn.attach(_projector(settings), num_microbatches=2, device=torch.device("cpu"))
     loss_fn.begin_step(weight=3.0, num_terms=torch.tensor(10))
     seen = []
     for seed in range(5):

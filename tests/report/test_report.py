@@ -13,7 +13,7 @@ from report_runs import three_phases, write_run
 from study.report import MECHANISMS
 
 from nitp_titan.errors import UserError
-from nitp_titan.report import drawing
+from nitp_titan.report import drawing, plots
 from nitp_titan.report.page import Report
 from nitp_titan.report.runs import common_steps, differences, read_arms
 from nitp_titan.report.stats import (
@@ -211,7 +211,7 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
         ("training", "seq_len", 256, "the arms may see other data or another order"),
         ("model", "flavor", "8B", "more than NITP is compared"),
         ("validator", "steps", 4, "validation is not on the same tokens"),
-        ("geometry", "validation_batches", 4, "the probe is not on the same tokens"),
+        ("geometry", "validation_batches", 4, "validation geometry is not of the same tokens"),
         ("checkpoint", "initial_load_path", "there", "the arms may start from different weights"),
     ],
 )
@@ -313,7 +313,9 @@ def test_nothing_to_compare_is_an_error_with_all_reasons(tmp_path):
 def test_one_run_per_arm_claims_nothing(tmp_path):
     arms = arms_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, better=0.5))
     first, phase = Report(arms).sentences()
-    assert first.startswith("nitp_debug against ntp_debug: validation NTP loss -0.5000 at step 100; probe effective ")
+    assert first.startswith(
+        "nitp_debug against ntp_debug: validation NTP loss -0.5000 at step 100; validation effective "
+    )
     assert first.endswith("With one run per arm all of this may be chance: the data show nothing.")
     assert phase.startswith("NITP loss of nitp_debug (moving average): 0.901 at the first step, collapses to")
 
@@ -322,7 +324,7 @@ def test_three_seeds_say_what_is_shown_and_what_is_not(seeds):
     (first, *_) = Report(arms_of(seeds / "ntp", seeds / "nitp")).sentences()
     assert first == (
         "nitp_debug against ntp_debug, 3 seeds: the data show a difference in validation NTP loss -0.2000 (-0.3000 to "
-        "-0.1000) at step 100; probe effective rank +0.2 (+0.1 to +0.3) at step 100, and they show none in probe "
+        "-0.1000) at step 100; validation effective rank +0.2 (+0.1 to +0.3) at step 100, and they show none in probe "
         "cosine +0.000 (+0.000 to +0.000) at step 100."
     )
 
@@ -344,13 +346,13 @@ def test_a_figure_that_rounds_to_nothing_has_no_sign_of_less(seeds):
     tiny = {"hidden": {"tokens": 512, "effective_rank": 9.0, "cosine": -1e-9}}
     for index, arm in enumerate(arms):
         probe = [{"step": 100, "hidden": tiny["hidden"] | {"cosine": -1e-9 * (index + 1)}}]
-        arm.runs[:] = [dataclasses.replace(run, probe=probe) for run in arm.runs]
+        arm.runs[:] = [dataclasses.replace(run, validation_geometry=probe) for run in arm.runs]
     report = Report(arms)
     header, rows = report.final_table()
-    assert [row[header.index("probe cosine")] for row in rows] == ["0.000 ± 0.000", "0.000 ± 0.000", "100"]
-    cells = next(row for row in report.difference_table()[1] if row[0] == "probe cosine")
+    assert [row[header.index("validation cosine")] for row in rows] == ["0.000 ± 0.000", "0.000 ± 0.000", "100"]
+    cells = next(row for row in report.difference_table()[1] if row[0] == "validation cosine")
     assert cells[3:5] == ["+0.000", "+0.000 to +0.000"]
-    assert "probe cosine +0.000 (+0.000 to +0.000)" in report.sentences()[0]
+    assert "validation cosine +0.000 (+0.000 to +0.000)" in report.sentences()[0]
 
 
 def test_every_figure_is_a_file_and_in_the_page(seeds):
@@ -358,7 +360,7 @@ def test_every_figure_is_a_file_and_in_the_page(seeds):
     report.write(seeds / "out")
     names = [one.name for one in report.drawings]
     assert {"ntp_loss", "validation_ntp_loss", "nitp_loss", "effective_rank", "cosine", "spectra"} < set(names)
-    assert {"layers_effective_rank", "learning_rate", "throughput", "probe_effective_rank"} < set(names)
+    assert {"layers_effective_rank", "learning_rate", "throughput", "validation_effective_rank"} < set(names)
     for name in names:
         assert (seeds / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (seeds / f"out/{name}.svg").read_text()

@@ -293,7 +293,7 @@ def _steps(folder):
 
 
 def test_an_earlier_step_is_gone_on_with_and_later_ones_are_set_aside(config, run, caplog):
-    for name, lines in {"metrics": [1, 3, 10, 20], "probe": [3, 20], "skipped": [2]}.items():
+    for name, lines in {"metrics": [1, 3, 10, 20], "validation_geometry": [3, 20], "skipped": [2]}.items():
         (run / f"{name}.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in lines))
     before = _files(run)
     other_way = config(checkpoint={"enable": True, "load_step": 3})
@@ -438,7 +438,7 @@ def test_overwrite_does_not_rename_the_checkpoint_that_it_starts_from(config, ru
         plan_resume(config(checkpoint=checkpoint, overwrite=True))
 
 
-@pytest.mark.parametrize("name", ["metrics", "validation", "geometry", "probe", "skipped", "starts"])
+@pytest.mark.parametrize("name", ["metrics", "validation", "geometry", "validation_geometry", "skipped", "starts"])
 @pytest.mark.parametrize("damage", [b"no json\n", b"\n", b'{"loss": 1}\n', b"[1]\n", b"\xff\xfe\n", "folder"])
 def test_a_damaged_file_of_lines_is_set_aside_and_named(config, run, name, damage, caplog):
     path, good = run / f"{name}.jsonl", b'{"step": 1, "x": NaN}\n'

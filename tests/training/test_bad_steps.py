@@ -170,13 +170,19 @@ def test_a_run_that_has_skipped_more_than_its_new_bound_stops_at_the_next_bad_st
     def spoil(trainer):
         return _poison(trainer, "norm", (2, 3, 4, 5), gradient=True)
 
-    trainer, _ = _build(tmp_path, spoil, checkpoint=True, guard=BadStepsConfig(max_skipped_steps=3))
+    trainer, _ = _build(tmp_path, spoil, checkpoint=True, bad_steps=BadStepsConfig(max_skipped_steps=3))
     _run(trainer)
     assert [record["step"] for record in read_records(tmp_path / "skipped.jsonl")] == [2, 3, 4]
     for bound in (3, 2, 0):
-        guard = BadStepsConfig(max_skipped_steps=bound)
+        bad_steps = BadStepsConfig(max_skipped_steps=bound)
         resumed, before = _build(
-            tmp_path, spoil, checkpoint=True, guard=guard, training={"steps": 6}, resume=True, metrics={"log_freq": 100}
+            tmp_path,
+            spoil,
+            checkpoint=True,
+            bad_steps=bad_steps,
+            training={"steps": 6},
+            resume=True,
+            metrics={"log_freq": 100},
         )
         message = _message(resumed)
         assert f"; 3 skipped before, [bad_steps] max_skipped_steps = {bound}. Training has stopped." in message
@@ -234,7 +240,7 @@ def test_a_skipped_step_leaves_out_its_update_and_nothing_else(assets, tmp_path,
     trainer, spoilt = _build(
         tmp_path / "guarded",
         lambda trainer: _poison(trainer, "layers.2.attention.wo", (2,), gradient=True),
-        guard=BadStepsConfig(max_skipped_steps=1),
+        bad_steps=BadStepsConfig(max_skipped_steps=1),
         **sections,
     )
     _run(trainer)
@@ -291,17 +297,17 @@ def test_a_spike_is_skipped_by_its_norm_and_the_bound_counts_resumed_steps(asset
     def spoil(trainer):
         return _poison(trainer, "norm", (2, 5), gradient=True, factor=1e3)
 
-    guard = BadStepsConfig(max_skipped_steps=1, skip_above=50.0)
-    trainer, _ = _build(tmp_path, spoil, checkpoint=True, guard=guard)
+    bad_steps = BadStepsConfig(max_skipped_steps=1, skip_above=50.0)
+    trainer, _ = _build(tmp_path, spoil, checkpoint=True, bad_steps=bad_steps)
     _run(trainer)
     assert _steps(tmp_path) == [1, 3, 4]
     (skipped,) = read_records(tmp_path / "skipped.jsonl")
     assert re.fullmatch(r"step 2 skipped \(1 of 1\): gradient norm \d{3,4}\.\d above 50", skipped["reason"])
 
-    resumed, _ = _build(tmp_path, spoil, checkpoint=True, guard=guard, training={"steps": 6}, resume=True)
+    resumed, _ = _build(tmp_path, spoil, checkpoint=True, bad_steps=bad_steps, training={"steps": 6}, resume=True)
     message = _message(resumed)
     assert re.match(
-        r"step 5: gradient norm \d{3,4}\.\d above 50; 1 skipped before, \[guard\] max_skipped_steps = 1\. "
+        r"step 5: gradient norm \d{3,4}\.\d above 50; 1 skipped before, \[bad_steps\] max_skipped_steps = 1\. "
         r"Training has stopped\. "
         rf"The last checkpoint, {tmp_path}/checkpoint/step-4, is from before\.",
         message,

@@ -65,7 +65,7 @@ def _trace(config) -> torch.Tensor:
         model._skip_lm_head = True
         loss = AuxiliaryLoss.Config(num_chunks=settings.num_chunks, loss_fn=settings.loss_fn, nitp=config.nitp).build()
         loss.set_lm_head(model.lm_head)
-        loss.prepare(model.nitp.projector, num_microbatches=2, device=torch.device(DEVICE))
+        loss.attach(model.nitp.projector, num_microbatches=2, device=torch.device(DEVICE))
         loss.begin_step(weight=1.0, num_terms=torch.ones((), dtype=torch.int64))
         tokens = torch.zeros(2, config.training.seq_len, dtype=torch.int64)
         valid_tokens = torch.ones((), dtype=torch.int64)
@@ -110,7 +110,7 @@ def _with_selection(prediction, target, valid, loss):
 
 @pytest.mark.parametrize("function", [_with_item, _with_copy, _with_selection])
 def test_a_loss_that_waits_for_the_device_is_found(assets, tmp_path, monkeypatch, function):
-    monkeypatch.setattr("nitp_titan.objectives.loss.nitp_loss_sum", function)
+    monkeypatch.setattr("nitp_titan.objectives.nitp.nitp_loss_sum", function)
     with pytest.raises(HostSync):
         _trace(make_config(tmp_path))
 
@@ -143,26 +143,26 @@ def watched(assets, tmp_path):
 
 def test_the_guard_reads_one_tensor_once_a_step(watched, monkeypatch):
     """Whatever the bound on skipped steps and whoever logs the step."""
-    guard, read = watched.guard, []
-    monkeypatch.setattr(guard, "measure", lambda: torch.zeros(7 + len(guard.parameters)))
-    monkeypatch.setattr(guard, "_judge", lambda step, figures: read.append((step, len(figures))))
-    guard.losses = torch.zeros(2)
+    bad_steps, read = watched.bad_steps, []
+    monkeypatch.setattr(bad_steps, "measure", lambda: torch.zeros(7 + len(bad_steps.parameters)))
+    monkeypatch.setattr(bad_steps, "_judge", lambda step, figures: read.append((step, len(figures))))
+    bad_steps.losses = torch.zeros(2)
     with _NoHostSync():
         for step in (3, 4):
-            guard.see(step, torch.ones(()))
+            bad_steps.observe(step, torch.ones(()))
             assert len(read) == step - 3
-            guard.see(step, torch.ones(()))
-    assert read == [(3, 7 + len(guard.parameters)), (4, 7 + len(guard.parameters))]
+            bad_steps.observe(step, torch.ones(()))
+    assert read == [(3, 7 + len(bad_steps.parameters)), (4, 7 + len(bad_steps.parameters))]
 
 
 def test_the_figures_of_the_guard_stay_on_the_device(watched):
-    guard = watched.guard
-    for name in ("losses", "backward", "loss_figures"):
-        setattr(guard, name, getattr(guard, name).to(DEVICE))
-    guard.device, guard._shares = torch.device(DEVICE), None
-    guard.parameters = {"weight": torch.nn.Parameter(torch.ones(4, device=DEVICE))}
-    guard.parameters["weight"].grad = torch.ones(4, device=DEVICE)
+    bad_steps = watched.bad_steps
+    for name in ("losses", "backward", "loss_stats"):
+        setattr(bad_steps, name, getattr(bad_steps, name).to(DEVICE))
+    bad_steps.device, bad_steps._shares = torch.device(DEVICE), None
+    bad_steps.parameters = {"weight": torch.nn.Parameter(torch.ones(4, device=DEVICE))}
+    bad_steps.parameters["weight"].grad = torch.ones(4, device=DEVICE)
     with _NoHostSync():
-        assert guard.measure().device == torch.device(DEVICE)
+        assert bad_steps.measure().device == torch.device(DEVICE)
     with pytest.raises(HostSync), _NoHostSync():
-        guard.measure().isfinite().all().item()
+        bad_steps.measure().isfinite().all().item()

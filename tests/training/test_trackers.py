@@ -51,7 +51,7 @@ def test_tensorboard_has_grouped_tags_and_the_paper_s_figures_as_a_layout(tracke
     found = EventAccumulator(str(events.parent)).Reload()
     tags = set(found.Tags()["scalars"])
     assert {f"geometry/{state}/{figure}" for state in STATES for figure in FIGURES} < tags
-    assert {f"probe/{state}/{figure}" for state in STATES for figure in FIGURES} < tags
+    assert {f"validation_geometry/{state}/{figure}" for state in STATES for figure in FIGURES} < tags
     assert {"loss_metrics/ntp_loss", "loss_metrics/nitp_loss", "validation_metrics/loss"} < tags
     assert [event.step for event in found.Scalars("geometry/hidden/effective_rank")] == [1, 2]
     (record, _) = map(json.loads, (folder / "geometry.jsonl").read_text().splitlines())
@@ -75,7 +75,7 @@ def test_weights_and_biases_works_offline_with_name_group_and_config_of_the_reci
     assert told["offline"] and list(folder.glob("tb/*/wandb/offline-run-*"))
     assert (told["name"], told["group"], told["weight"]) == ("debug/nitp_debug", "llama3 debug", 1.0)
     assert told["summary"]["geometry/hidden/effective_rank"] > 1
-    assert told["summary"]["probe/hidden/cosine"] != 0
+    assert told["summary"]["validation_geometry/hidden/cosine"] != 0
 
 
 def test_the_recipe_names_the_run_unless_the_train_config_does(tmp_path, files):

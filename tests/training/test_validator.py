@@ -291,7 +291,7 @@ def _run(folder, assets, **sections):
     return make_config(folder, generated_data=False, **sections)
 
 
-FILES = ("metrics", "validation", "geometry", "probe")
+FILES = ("metrics", "validation", "geometry", "validation_geometry")
 
 
 def test_the_last_step_is_logged_measured_and_validated_once(assets, tmp_path):
@@ -324,7 +324,7 @@ def test_a_run_of_the_paper_ends_with_figures_of_its_last_step(assets, tmp_path)
         assert trainer.validator.should_validate(step) is due
 
 
-def test_validation_projects_only_what_the_probe_measures(assets, tmp_path):
+def test_validation_projects_only_what_is_measured(assets, tmp_path):
     trainer = _run(tmp_path, assets).build()
     calls = []
     trainer.model_parts[0].nitp.projector.register_forward_hook(lambda module, args, output: calls.append(output.shape))
@@ -417,5 +417,5 @@ def test_a_run_that_is_told_to_stop_while_it_validates_saves_at_once_and_validat
     assert steps == [[1]] * 4 and (tmp_path / "stopped/checkpoint/step-2/.metadata").exists()
     # After the last step only its validation is left, which is finished.
     assert train("stopped", stop_at=3) == (0, [3, True])
-    for file in ("validation", "probe"):
+    for file in ("validation", "validation_geometry"):
         assert read_records(tmp_path / f"stopped/{file}.jsonl") == read_records(tmp_path / f"whole/{file}.jsonl")
