@@ -121,7 +121,7 @@ def _measured(state: str, figure: str) -> Callable[[Run], Series]:
 
 
 def _validated(state: str, figure: str) -> Callable[[Run], Series]:
-    return lambda run: run.validation_series(state, figure)
+    return lambda run: run.validation_geometry_series(state, figure)
 
 
 def _any(arms: Sequence[Arm], of: Callable[[Run], Series]) -> bool:

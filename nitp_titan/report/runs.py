@@ -68,7 +68,7 @@ class Run:
         """Steps and values of a figure of training mini-batches."""
         return _series(self.geometry, [state, figure])
 
-    def validation_series(self, state: str, figure: str) -> Series:
+    def validation_geometry_series(self, state: str, figure: str) -> Series:
         """Steps and values of a figure of the fixed validation batches."""
         return _series(self.validation_geometry, [state, figure])
 

@@ -105,8 +105,8 @@ FIGURES = [
     Figure("NITP loss", ".4f", lambda run: run.series("nitp_loss"), averaged=True, compared=False),
     Figure("effective rank", ".1f", lambda run: run.geometry_series("hidden", "effective_rank"), averaged=True),
     Figure("cosine", ".3f", lambda run: run.geometry_series("hidden", "cosine"), averaged=True),
-    Figure("validation effective rank", ".1f", lambda run: run.validation_series("hidden", "effective_rank")),
-    Figure("validation cosine", ".3f", lambda run: run.validation_series("hidden", "cosine")),
+    Figure("validation effective rank", ".1f", lambda run: run.validation_geometry_series("hidden", "effective_rank")),
+    Figure("validation cosine", ".3f", lambda run: run.validation_geometry_series("hidden", "cosine")),
 ]
 
 

@@ -48,12 +48,12 @@ def _validation(run: Run) -> float | None:
 
 
 def _validated(figure: str, state: str = "hidden") -> Value:
-    return lambda run: last(run.validation_series(state, figure))
+    return lambda run: last(run.validation_geometry_series(state, figure))
 
 
 def _rank_over_peak(run: Run) -> float | None:
     """Last effective rank over the largest one after the collapse of the first 200 steps."""
-    ranks = [rank for step, rank in zip(*run.validation_series("hidden", "effective_rank")) if step >= 200]
+    ranks = [rank for step, rank in zip(*run.validation_geometry_series("hidden", "effective_rank")) if step >= 200]
     return ranks[-1] / max(ranks) if ranks else None
 
 
