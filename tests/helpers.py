@@ -9,8 +9,10 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.dataloader import BaseDataLoader
 
 from nitp_titan import config_registry
+from nitp_titan.checkpoint.stored import Checkpoint, RESOLVED
+from nitp_titan.export.export import Export
 from nitp_titan.models import build_model_spec
-from nitp_titan.training.trainer import NITPTrainer
+from nitp_titan.training.trainer import load_config, NITPTrainer
 
 IGNORE = -100
 
@@ -186,3 +188,9 @@ def weight_norm(trainer) -> float:
 def _sum_over_stages(trainer, values: torch.Tensor) -> None:
     if trainer.parallel_dims.pp_enabled:
         torch.distributed.all_reduce(values, group=trainer.parallel_dims.get_mesh("pp").get_group())
+
+
+def export_of(folder: Path, **options) -> Export:
+    """The export of a run, or of a step's folder in one."""
+    checkpoint = Checkpoint(folder)
+    return Export(checkpoint, load_config(checkpoint.run_folder / RESOLVED, None), **options)

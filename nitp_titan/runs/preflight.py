@@ -21,10 +21,8 @@ from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint.initial_load import check_initial_load
 from nitp_titan.checkpoint.resume import has_ended
-from nitp_titan.config.build import tables_of
 from nitp_titan.config.parallelism import check_parallelism
 from nitp_titan.config.refusals import upstream_refusals
-from nitp_titan.config.tables import Tables
 from nitp_titan.config.trained import overridden, trained
 from nitp_titan.data.loader import check_sources
 from nitp_titan.data.tokenizer import check_end_of_document, UnfitTokenizer
@@ -46,8 +44,8 @@ class Plan:
     config: Trainer.Config
     """What the trainer builds: model and loss with the objective, the step to load."""
 
-    tables: Tables
-    """What the run folder records: the config that was given, with the step that a new run starts from."""
+    recorded: Trainer.Config
+    """What the run folder records: the config that was given, with the checkpoint that a new run starts from."""
 
     resume: ResumePlan
 
@@ -73,7 +71,7 @@ def preflight(config: Trainer.Config) -> Plan:
     found = _plan_start(config, final.model_spec) if ranks.leads_node(config) else None
     final = cpu.prepare(final)
     _join_process_group(config)
-    hosts, resume = ranks.agree(config, tables_of(config), found)
+    hosts, resume = ranks.agree(config, found)
     if resume.finished:
         torch.distributed.destroy_process_group()
         sys.exit()
@@ -83,10 +81,10 @@ def preflight(config: Trainer.Config) -> Plan:
         os.environ |= {"WANDB_RUN_ID": resume.wandb_id, "WANDB_RESUME": "allow"}
     # Rank 0 has decided what is loaded; of a remote folder it knows no step.
     load_step = config.checkpoint.load_step if resume.from_step is None else resume.from_step
-    recorded = dataclasses.replace(config.checkpoint, initial_load_path=resume.initial_load_path)
+    checkpoint = dataclasses.replace(config.checkpoint, initial_load_path=resume.initial_load_path)
     return Plan(
-        config=dataclasses.replace(final, checkpoint=dataclasses.replace(recorded, load_step=load_step)),
-        tables=tables_of(dataclasses.replace(config, checkpoint=recorded)),
+        config=dataclasses.replace(final, checkpoint=dataclasses.replace(checkpoint, load_step=load_step)),
+        recorded=dataclasses.replace(config, checkpoint=checkpoint),
         resume=resume,
         hosts=hosts,
     )
@@ -102,7 +100,7 @@ def _plan_start(config: Trainer.Config, spec: ModelSpec) -> ResumePlan:
     tensors = meta_tensors(built) if config.checkpoint.enable else {}
     check_run(config, spec, tensors)
     check_last_save(config, spec, tensors)
-    plan = plan_resume(config, tables_of(config))
+    plan = plan_resume(config)
     if not plan.archived:
         plan = dataclasses.replace(plan, finished=has_ended(config, tensors, plan.from_step))
     if plan.from_step is None:

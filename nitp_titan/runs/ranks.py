@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torchtitan.trainer import Trainer
 
-from nitp_titan.config.tables import flat_settings, Tables
+from nitp_titan.config.build import tables_of
+from nitp_titan.config.tables import flat_settings
 from nitp_titan.errors import changed_values, first_few, setting_repr, UserError
 from nitp_titan.runs import provenance
 from nitp_titan.runs.data_facts import by_name
@@ -30,12 +32,11 @@ def is_alone(config) -> bool:
     return config.comm.mode in ("fake_backend", "local_tensor") or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def agree(config, tables: Tables, plan: ResumePlan | None) -> tuple[list[str], ResumePlan]:
+def agree(config: Trainer.Config, plan: ResumePlan | None) -> tuple[list[str], ResumePlan]:
     """Let all ranks agree on what they run; then rank 0 claims the run folder before any rank uses it. A collective.
 
     Args:
         config: the ``NITPTrainer.Config`` that this rank has read.
-        tables: of the config.
         plan: what the first rank of a node found in the run folder; None on its other ranks.
 
     Returns:
@@ -47,7 +48,7 @@ def agree(config, tables: Tables, plan: ResumePlan | None) -> tuple[list[str], R
     alone = is_alone(config)
     hosts = [socket.gethostname()]
     if not alone:
-        hosts = check_ranks_agree(flat_settings(tables), None if plan is None else local_facts(plan))
+        hosts = check_ranks_agree(flat_settings(tables_of(config)), None if plan is None else local_facts(plan))
     if dist.get_rank() == 0:
         plan.claim()
     if not alone:

@@ -7,7 +7,6 @@ intervals, precision, where the data lie) may change from start to start.
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import uuid
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,12 @@ from typing import Any
 
 import tomli
 import tomli_w
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint.steps import complete_steps
 from nitp_titan.config import recipe
+from nitp_titan.config.build import tables_of
 from nitp_titan.config.tables import changes, entries, Tables
 from nitp_titan.errors import changes_text, first_few, UserError
 from nitp_titan.files import append_line, archive, free_path, hold, LOCK, write_atomically
@@ -27,8 +29,6 @@ from nitp_titan.machine.credentials import redact
 from nitp_titan.runs import provenance
 from nitp_titan.runs.data_facts import compare, data_facts, with_documents
 from nitp_titan.step_files import last_step, later_lines, set_damaged_aside, STEP_FILES
-
-logger = logging.getLogger()
 
 _RESOLVED = "resolved.toml"
 _DATA = "data.json"
@@ -120,20 +120,20 @@ class ResumePlan:
         steps = f"steps {names[0]} to {names[1]}" if len(self.later) > 1 else f"step {names[0]}"
         logger.warning(f"load_step = {self.from_step}: the checkpoints of {steps} and later metrics are now in {place}")
 
-    def write_start(self, tables: Tables, *, documents: list[int | None] | None = None, **facts: Any) -> None:
+    def write_start(self, config: Trainer.Config, *, documents: list[int | None] | None = None, **facts: Any) -> None:
         """Write ``resolved.toml``, ``resolved.json`` and a line of ``starts.jsonl``. For rank 0 alone.
 
         ``data.json`` tells of the data of the checkpoints: data of a run that goes on come with their first one.
 
         Args:
-            tables: of the config that is trained.
+            config: the ``NITPTrainer.Config`` that is recorded.
             documents: of every source of its data; None for a streamed one.
             facts: more to put down, for example the hosts.
 
         Raises:
             UserError: if the folder cannot be written.
         """
-        before = _read_resolved(self.folder)
+        before, tables = _read_resolved(self.folder), tables_of(config)
         line = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": provenance.command(),
@@ -177,14 +177,11 @@ class ResumePlan:
         write_atomically(self.folder / _SAVED, json.dumps({"step": step}) + "\n")
 
 
-def plan_resume(config, tables: Tables) -> ResumePlan:
+def plan_resume(config: Trainer.Config) -> ResumePlan:
     """Look at the run folder of a ``NITPTrainer.Config``; changes nothing there.
 
     Without a run the folder may hold anything, as a launcher's log. ``--resume`` without a run starts one: scripts may
     give it always. A restart of the same job (torchrun's ``--max-restarts``, Slurm's requeue) overwrites nothing.
-
-    Args:
-        tables: of the config.
 
     Raises:
         UserError: if the folder holds another run and no flag says what to do with it, naming what differs.
@@ -206,7 +203,7 @@ def plan_resume(config, tables: Tables) -> ResumePlan:
     if not (steps or (folder / _RESOLVED).exists() or (folder / _METRICS).exists()):
         return replace(new, message="--resume: there is no run yet, a new one starts" if config.resume else "")
 
-    changed = _changed(config, tables)
+    changed = _changed(config)
     if config.overwrite and not (changed == {} and _restarted(folder)):
         return replace(new, archived=_places(folder, checkpoints), traces=config.comm.save_traces_folder)
     none = not steps and checkpoints is not None
@@ -255,13 +252,13 @@ def _step_to_load(config, steps: dict[int, Path]) -> int | None:
     return max(steps, default=None) if step == -1 or begun else step
 
 
-def _changed(config, tables: Tables) -> dict[str, list[Any]] | None:
+def _changed(config: Trainer.Config) -> dict[str, list[Any]] | None:
     """Settings that identify the run and differ from those of the run in the folder; None if its own are unknown.
 
     Raises:
         UserError: if the folder was written by a version whose tables had other names.
     """
-    folder = Path(config.dump_folder)
+    folder, tables = Path(config.dump_folder), tables_of(config)
     before = _read_resolved(folder)
     if before is None:
         return None

@@ -187,7 +187,7 @@ class NITPTrainer(Trainer):
         resume, documents = self.plan.resume, getattr(self.dataloader, "num_documents", None)
         self.checkpointer.after_save = partial(resume.note_checkpoint, documents=documents)
         world_size = dist.get_world_size()
-        resume.write_start(self.plan.tables, documents=documents, hosts=self.plan.hosts, world_size=world_size)
+        resume.write_start(self.plan.recorded, documents=documents, hosts=self.plan.hosts, world_size=world_size)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """One optimizer step, measured where geometry is due; a bad one is left out or ends training (`BadSteps`)."""

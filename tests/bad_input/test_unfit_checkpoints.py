@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from helpers import export_of
 from outcome import is_one_line, tree
 
 from nitp_titan.config import recipe
@@ -20,12 +21,9 @@ def saved(assets, tmp_path_factory):
     """A run of three steps with its checkpoints, and its Hugging Face model."""
     from helpers import saved_run
 
-    from nitp_titan.checkpoint.stored import Checkpoint
-    from nitp_titan.export.export import Export
-
     folder = tmp_path_factory.mktemp("saved")
     saved_run(folder / "run", generated_data=False)
-    Export(Checkpoint(folder / "run")).write(folder / "hf")
+    export_of(folder / "run").write(folder / "hf")
     return folder
 
 

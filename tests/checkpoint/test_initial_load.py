@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_config, parameters, saved_run, with_expert_bias, without_expert_bias
+from helpers import export_of, make_config, parameters, saved_run, with_expert_bias, without_expert_bias
 from safetensors.torch import load_file, save_file
 from torchtitan.components.optimizer import default_adamw
 
 from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.errors import UserError
-from nitp_titan.export.export import Export
 from nitp_titan.models.settings import ModelConfig
 
 TRAINING = {"seq_len": 128, "local_batch_size": 2, "global_batch_size": 2, "steps": 3, "max_norm": 1e9}
@@ -156,7 +155,7 @@ def _digest(folder: Path) -> dict[str, str]:
 )
 def test_export_import_export_is_bit_identical(assets, tmp_path, caplog, model, change):
     saved_run(tmp_path / "run", change=change, **_settings(model, nitp=NITP))
-    Export(Checkpoint(tmp_path / "run"), max_shard_size="1MB").write(tmp_path / "first")
+    export_of(tmp_path / "run", max_shard_size="1MB").write(tmp_path / "first")
     with caplog.at_level(logging.INFO):
         trainer = _start(tmp_path / "again", tmp_path / "first", in_hf=True, **_settings(model, nitp=NITP))
     (message,) = [record.message for record in caplog.records if record.message.startswith("Starting from")]
@@ -164,7 +163,7 @@ def test_export_import_export_is_bit_identical(assets, tmp_path, caplog, model, 
     assert ("expert_bias_E" in message) == (change is without_expert_bias)
     trainer.checkpointer.save(0, last_step=True)
     trainer.close()
-    Export(Checkpoint(tmp_path / "again"), max_shard_size="1MB").write(tmp_path / "second")
+    export_of(tmp_path / "again", max_shard_size="1MB").write(tmp_path / "second")
     first, second = _digest(tmp_path / "first"), _digest(tmp_path / "second")
     assert first == second and len(first) > 1
     assert (tmp_path / "first/config.json").read_text() == (tmp_path / "second/config.json").read_text()
@@ -194,7 +193,7 @@ def test_a_model_that_transformers_saved_is_loaded(assets, tmp_path):
 @pytest.fixture(scope="module")
 def exported(ntp, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "model"
-    Export(Checkpoint(ntp[0])).write(folder)
+    export_of(ntp[0]).write(folder)
     return folder
 
 

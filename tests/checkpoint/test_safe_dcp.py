@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import make_config, saved_run
+from helpers import export_of, make_config, saved_run
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
@@ -20,7 +20,6 @@ from nitp_titan.checkpoint.initial_load import check_initial_load
 from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.config.trained import trained
 from nitp_titan.errors import UserError
-from nitp_titan.export.export import Export
 from nitp_titan.models import meta_tensors
 
 SETTINGS = {"generated_data": False, "training": {"seq_len": 128, "local_batch_size": 2, "global_batch_size": 2}}
@@ -97,7 +96,7 @@ def _check_start(trainer, step: Path):
 
 
 def _export(trainer, step: Path):
-    Export(Checkpoint(step)).write(step.parent / "hf")
+    export_of(step).write(step.parent / "hf")
 
 
 PLACES = {"metadata": _in_metadata, "state": _in_entry("train_state.step"), "tensor": _in_entry("norm.weight")}

@@ -7,13 +7,13 @@ from helpers import make_config
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torchtitan.components.optimizer import ParamGroupConfig
 
-from nitp_titan.config.constraints import OPTIMIZER_CONSTRAINTS, RANGES
+from nitp_titan.config.constraints import CONSTRAINTS, OPTIMIZER_CONSTRAINTS
 from nitp_titan.config.refusals import upstream_refusals
 from nitp_titan.errors import UserError
 
 
 def test_every_pipeline_schedule_that_may_be_named_is_one_of_torch():
-    allowed = RANGES["parallelism"]["pipeline_parallel_schedule"]
+    allowed = CONSTRAINTS["parallelism"]["pipeline_parallel_schedule"]
     for name in allowed.choices:
         assert get_schedule_class(name).__name__ == f"Schedule{name}"
     with pytest.raises(ValueError) as refused:
@@ -24,7 +24,7 @@ def test_every_pipeline_schedule_that_may_be_named_is_one_of_torch():
 
 def test_every_setting_with_a_range_exists(tmp_path):
     config = make_config(tmp_path, generated_data=False)
-    for table, ranges in RANGES.items():
+    for table, ranges in CONSTRAINTS.items():
         if table == "activation_checkpoint":
             # Of several policies, each with settings of its own.
             from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC, SelectiveAC

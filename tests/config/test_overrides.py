@@ -4,11 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import make_config, parameters, saved_run
+from helpers import export_of, make_config, parameters, saved_run
 
-from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.errors import UserError
-from nitp_titan.export.export import Export
 from nitp_titan.machine.cpu import DENSE_ATTENTION
 
 GATED = {"override": {"imports": [DENSE_ATTENTION, "odd_overrides.gated"]}, "generated_data": False}
@@ -39,7 +37,7 @@ def test_a_checkpoint_without_the_parameter_is_refused_before_anything_is_built(
 
 def test_an_export_would_leave_it_out_and_is_refused(run):
     with pytest.raises(UserError, match=f"no exact home in LlamaForCausalLM: '{GATE}' has no counterpart there"):
-        Export(Checkpoint(run[0]))
+        export_of(run[0])
 
 
 def test_an_export_at_the_end_is_refused_at_the_start(assets, tmp_path):

@@ -6,12 +6,10 @@ import shutil
 import pytest
 import torch
 from from_hf import start, STARTS
-from helpers import saved_run, with_expert_bias, without_expert_bias
+from helpers import export_of, saved_run, with_expert_bias, without_expert_bias
 from processes import free_port
 from safetensors.torch import load_file
 
-from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.export.export import Export
 from nitp_titan.models.settings import ModelConfig
 from nitp_titan.step_files import read_records
 
@@ -25,7 +23,7 @@ def started(torchrun, tmp_path_factory):
         change = with_expert_bias if family == "moe" else without_expert_bias
         settings = {"model": ModelConfig(family=family, flavor=flavor), "generated_data": False}
         saved_run(folder / model / "run", change=change, nitp={"weight": 20.0}, **settings)
-        Export(Checkpoint(folder / model / "run"), max_shard_size="1MB").write(folder / model / "hf")
+        export_of(folder / model / "run", max_shard_size="1MB").write(folder / model / "hf")
         start(folder, model, 1)
     ports = folder / "ports.json"
     ports.write_text(json.dumps({model: free_port() for model in STARTS}))
@@ -50,7 +48,7 @@ def test_the_checkpoint_of_two_ranks_exports_as_that_of_one(started, tmp_path, m
         run = started / model / ranks
         # The runs' own names a generated dataset, which only tests can load.
         shutil.copy(started / model / "run/resolved.toml", run)
-        Export(Checkpoint(run)).write(tmp_path / ranks)
+        export_of(run).write(tmp_path / ranks)
         exported.append(load_file(tmp_path / ranks / "model.safetensors"))
     before = {}
     for file in (started / model / "hf").glob("*.safetensors"):

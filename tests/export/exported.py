@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import torch
+from helpers import export_of
 from processes import PROJECT
-
-from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.export.export import Export
 
 # Longer than GPT-OSS's sliding window of 128.
 LENGTH = 192
@@ -15,7 +13,7 @@ TRAINING = {"seq_len": LENGTH, "local_batch_size": 2, "global_batch_size": 2, "s
 
 
 def export(folder: Path, out: Path, **options) -> Path:
-    Export(Checkpoint(folder), **options).write(out)
+    export_of(folder, **options).write(out)
     return out
 
 

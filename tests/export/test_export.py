@@ -11,11 +11,11 @@ import warnings
 import torch
 import torch.distributed.checkpoint as dcp
 from exported import export, load
+from helpers import export_of
 from processes import PROJECT
 from safetensors.torch import load_file
 
-from nitp_titan.checkpoint.stored import Checkpoint
-from nitp_titan.export.export import Export, MAX_SHARD_SIZE
+from nitp_titan.export.export import MAX_SHARD_SIZE
 from nitp_titan.models import build_model_spec
 from nitp_titan.models.settings import ModelConfig
 from nitp_titan.step_files import read_records
@@ -35,10 +35,10 @@ def test_the_tokenizer_is_that_of_training(runs, tmp_path):
 def test_a_tokenizer_that_leaves_bos_to_its_user_is_noted(runs, tmp_path):
     folder, trainer = runs("llama3/debug")
     shutil.copytree(trainer.config.hf_assets_path, tmp_path / "tokenizer")
-    assert Export(Checkpoint(folder), tokenizer=tmp_path / "tokenizer").notes() == []
+    assert export_of(folder, tokenizer=tmp_path / "tokenizer").notes() == []
     settings = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
     (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(settings | {"post_processor": None}))
-    (note,) = Export(Checkpoint(folder), tokenizer=tmp_path / "tokenizer").notes()
+    (note,) = export_of(folder, tokenizer=tmp_path / "tokenizer").notes()
     assert note.startswith("training put <|bos|> before every document, which this tokenizer does not do")
 
 
@@ -148,7 +148,7 @@ def watch():
 
 run, out = map(Path, sys.argv[1:])
 for size in ("10MB", "500MB"):
-    export = Export(Checkpoint(run), max_shard_size=size)
+    export = export_of(run, max_shard_size=size)
     before, peak, done = resident(), 0, threading.Event()
     watcher = threading.Thread(target=watch)
     watcher.start()

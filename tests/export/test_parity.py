@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 from exported import export, LENGTH, load, real_text, TRAINING, training_logits
-from helpers import IGNORE, saved_run
+from helpers import export_of, IGNORE, saved_run
 from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.data.loader import TextDataLoader
-from nitp_titan.export.export import Export
 from nitp_titan.models.settings import ModelConfig
 from nitp_titan.step_files import read_records
 
@@ -139,7 +138,7 @@ def test_nitp_costs_nothing_at_inference(assets, tmp_path):
     for weight in (0.0, 1.0):
         folder = tmp_path / str(weight)
         saved_run(folder, nitp={"weight": weight}, training=TRAINING, generated_data=False)
-        done = Export(Checkpoint(folder)).write(tmp_path / f"hf-{weight}")
+        done = export_of(folder).write(tmp_path / f"hf-{weight}")
         assert len(done.left_out) == (3 if weight else 0)
         models[weight] = load(done.folder)
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models.values()]

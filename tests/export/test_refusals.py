@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from exported import TRAINING
-from helpers import make_config, saved_run, with_expert_bias
+from helpers import export_of, make_config, saved_run, with_expert_bias
 
 from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.errors import UserError
-from nitp_titan.export.export import Export
 from nitp_titan.models.settings import ModelConfig
 
 
@@ -34,7 +33,7 @@ def test_what_has_no_exact_home_is_refused_with_the_reason(assets, tmp_path, mod
     settings = {"model": ModelConfig(family=family, flavor=flavor), "training": {**TRAINING, "steps": 1}}
     saved_run(tmp_path / "run", change=with_expert_bias, generated_data=False, **settings)
     with pytest.raises(UserError) as refused:
-        Export(Checkpoint(tmp_path / "run"))
+        export_of(tmp_path / "run")
     assert f"this model has no exact home in {reason}" in str(refused.value)
 
 
@@ -90,7 +89,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_error(runs, tmp_path, chan
     run = _copy(runs, tmp_path)
     change(run)
     with pytest.raises(UserError) as refused:
-        Export(Checkpoint(run)).write(tmp_path / "hf")
+        export_of(run).write(tmp_path / "hf")
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))

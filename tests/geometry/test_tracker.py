@@ -10,6 +10,7 @@ from helpers import IGNORE, make_config, PackedDataLoader, train
 from numpy.testing import assert_allclose
 from test_statistics import numpy_figures
 
+from nitp_titan.config.parallelism import check_parallelism
 from nitp_titan.errors import UserError
 from nitp_titan.geometry.settings import GeometryConfig
 from nitp_titan.geometry.statistics import sample_pairs
@@ -227,4 +228,4 @@ def test_the_ptrr_balancer_is_refused(tmp_path):
         tmp_path, nitp={"weight": 0.0}, geometry={"enable": True}, parallelism=parallelism, training={"seq_len": 256}
     )
     with pytest.raises(UserError, match=r"'ptrr' reorders tokens by their mask, so \[geometry\] cannot tell"):
-        parallelism.check_parallelism(config, 2)
+        check_parallelism(config, 2)

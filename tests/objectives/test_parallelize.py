@@ -97,11 +97,8 @@ def test_the_projector_is_an_fsdp_unit_with_the_precision_and_the_offloading_of_
         nitp,
         types.SimpleNamespace(pp_enabled=True),
         TrainingConfig(enable_cpu_offload=offload, mixed_precision_param="bfloat16", mixed_precision_reduce="float32"),
-        ParallelismConfig(),
         CompileConfig(enable=False),
     )
     assert given["module"] is nitp.projector and given["summed"] is nitp and given["mesh"] == "mesh"
     assert given["mp_policy"].param_dtype == torch.bfloat16 and given["mp_policy"].reduce_dtype == torch.float32
-    # As TorchTitan does for the rest under pipelining: gathered once for all micro-batches.
-    assert given["reshard_after_forward"] is False
     assert isinstance(given.get("offload_policy"), CPUOffloadPolicy) is offload

@@ -60,7 +60,7 @@ def test_a_family_with_its_own_forward_is_refused_with_what_to_implement(family)
         with_nitp(spec, NITPConfig())
     assert (refused.value.table, refused.value.key) == ("geometry", "layers")
     with pytest.raises(
-        UserError, match=r"overrides Decoder.forward.*Implement a subclass of nitp_titan.objectives.nitp.NITPDecoder"
+        UserError, match=r"overrides Decoder.forward.*Implement a subclass of nitp_titan.objectives.decoder.NITPDecoder"
     ):
         with_nitp(spec, SETTINGS)
 
@@ -142,7 +142,7 @@ def test_a_family_that_cannot_be_had_is_one_line(name, message):
         ),
         ("no_such_package:loss", "[nitp] loss = 'no_such_package:loss' cannot be imported: No module named"),
         (":loss", "[nitp] loss = ':loss' cannot be imported: Empty module name"),
-        ("json:__name__", "[nitp] loss = 'json:__name__' is no function"),
+        ("json:__name__", "[nitp] loss = 'json:__name__' is not a function"),
         ("json:loss", "[nitp] loss = 'json:loss' cannot be imported: module 'json' has no attribute 'loss'"),
     ],
 )

@@ -35,9 +35,9 @@ def counted_stat(path, *args, stat=os.stat, **kwargs):
     return stat(path, *args, **kwargs)
 
 
-def settle(*args, settled=ranks.settle):
+def agree(*args, agreed=ranks.agree):
     global phase
-    found = settled(*args)
+    found = agreed(*args)
     phase = 1
     return found
 
@@ -52,7 +52,7 @@ def load(self, step: int = -1) -> None:
 
 train.import_torchtitan()
 NITPTrainer.train = load
-ranks.settle = settle
+ranks.agree = agree
 sys.addaudithook(lambda event, values: count("opened", values[0]) if event == "open" else None)
 os.stat = counted_stat
 train.main()

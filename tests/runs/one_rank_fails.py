@@ -1,4 +1,4 @@
-"""Two ranks that add numbers up; at the third sum rank 1 meets WHAT: python tests/run/one_rank_fails.py WHAT.
+"""Two ranks that add numbers up; at the third sum rank 1 meets WHAT: python tests/runs/one_rank_fails.py WHAT.
 
 ``nothing``; ``error``: a UserError; ``disk``: a full one; ``bug``: a ValueError; ``killed``: SIGKILL; ``stuck``:
 SIGKILL, while rank 0 waits where neither gloo nor a signal reaches it, as for a GPU.

@@ -50,7 +50,7 @@ def run(corpus):
     """A run of one step with a checkpoint."""
     config = _config(corpus)
     start = plan_resume(config)
-    start.record(config, documents=[80])
+    start.write_start(config, documents=[80])
     (corpus / "run/checkpoint/step-1").mkdir(parents=True)
     (corpus / "run/checkpoint/step-1/.metadata").touch()
     return corpus / "run"
@@ -174,7 +174,7 @@ def test_other_data_are_those_of_the_run_once_a_checkpoint_has_their_state(corpu
     begins = _config(corpus, flags=RESUME, checkpoint={"exclude_from_loading": ["dataloader"]})
     start = plan_resume(begins)
     assert start.message.endswith("the data begin again")
-    start.record(begins, documents=[80])
+    start.write_start(begins, documents=[80])
     # Killed before its first checkpoint: the newest one has the state of the old data.
     with pytest.raises(UserError, match="holds a run on other data: .*a.jsonl has .* or let the new data begin"):
         plan_resume(_config(corpus))
@@ -193,7 +193,7 @@ def test_each_checkpoint_is_compared_with_its_own_data(corpus, run):
     _edited(corpus)
     begins = _config(corpus, flags=RESUME, checkpoint={"exclude_from_loading": ["dataloader"]})
     start = plan_resume(begins)
-    start.record(begins, documents=[80])
+    start.write_start(begins, documents=[80])
     shutil.copytree(run / "checkpoint/step-1", run / "checkpoint/step-2")
     start.note_checkpoint(2, documents=[80])
     assert plan_resume(_config(corpus)).from_step == 2
@@ -206,8 +206,8 @@ def test_each_checkpoint_is_compared_with_its_own_data(corpus, run):
     assert branch.from_step == 1
     with pytest.raises(UserError, match="holds a run on other data"):
         plan_resume(_config(corpus))
-    branch.settle()
-    branch.record(earlier, documents=[80])
+    branch.claim()
+    branch.write_start(earlier, documents=[80])
     branch.note_checkpoint(2, documents=[80])
     assert [one["first_step"] for one in json.loads((run / "data.json").read_text())] == [0]
 

@@ -12,7 +12,8 @@ from torchtitan.observability.structured_logger import structured_logging
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.errors import UserError
 from nitp_titan.models import meta_tensors
-from nitp_titan.runs.preflight import begin_log, checkpoint_bytes, open_log
+from nitp_titan.runs.preflight import checkpoint_bytes
+from nitp_titan.runs.structured_log import begin_log, open_log
 
 
 @pytest.mark.parametrize(

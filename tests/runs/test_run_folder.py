@@ -17,7 +17,7 @@ from nitp_titan.data.mixtures import TextSource
 from nitp_titan.errors import UserError
 from nitp_titan.runs import provenance, run_folder
 from nitp_titan.runs.data_facts import data_facts
-from nitp_titan.runs.run_folder import plan_resume, read_starts, Start
+from nitp_titan.runs.run_folder import plan_resume, read_starts, ResumePlan
 
 CHECKPOINT = {"checkpoint": {"enable": True}}
 
@@ -37,7 +37,7 @@ def config(assets, tmp_path):
 def run(config, tmp_path):
     """A folder as a run of `config` leaves it, with checkpoints up to step 20; the last one is half-written."""
     folder = tmp_path / "run"
-    recipe.write_resolved(config(), folder)
+    run_folder.write_resolved(config(), folder)
     (folder / "data.json").write_text(json.dumps([{"first_step": 0, "facts": data_facts(config())}]))
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     for step in (3, 20, 100):
@@ -56,7 +56,7 @@ def test_a_folder_without_a_run_may_hold_anything(config, tmp_path):
     (tmp_path / "run/structured_logs").mkdir(parents=True)
     (tmp_path / "run/log.txt").write_text("of the launcher")
     start = plan_resume(config(overwrite=True))
-    assert (start.from_step, start.set_aside) == (None, [])
+    assert (start.from_step, start.archived) == (None, [])
     assert plan_resume(config(resume=True)).message == "--resume: there is no run yet, a new one starts"
 
 
@@ -71,7 +71,7 @@ def test_the_same_run_goes_on_with_another_layout_and_other_intervals(config, ru
             metrics={"log_freq": 5},
         )
     )
-    assert (start.from_step, start.set_aside) == (20, [])
+    assert (start.from_step, start.archived) == (20, [])
     assert start.message == f"{run}: the run goes on from step 20"
     assert _files(run) == before
 
@@ -135,8 +135,8 @@ def test_overwrite_keeps_the_old_run_beside_the_new_one(config, run, tmp_path):
     before = _files(run)
     (tmp_path / "run.1").mkdir()
     start = plan_resume(config(training={"steps": 200}, overwrite=True))
-    assert (start.from_step, start.set_aside) == (None, [run]) and run.exists()
-    start.settle()
+    assert (start.from_step, start.archived) == (None, [run]) and run.exists()
+    start.claim()
     assert _files(tmp_path / "run.2") == before
     assert [path.name for path in run.rglob("*")] == ["comm_traces"]
     assert plan_resume(config(training={"steps": 200})).from_step is None
@@ -146,7 +146,7 @@ def test_overwrite_sets_aside_checkpoints_that_lie_elsewhere(config, run, tmp_pa
     (run / "checkpoint").rename(tmp_path / "elsewhere")
     checkpoint = {"enable": True, "folder": str(tmp_path / "elsewhere")}
     assert plan_resume(config(checkpoint=checkpoint)).from_step == 20
-    plan_resume(config(checkpoint=checkpoint, overwrite=True)).settle()
+    plan_resume(config(checkpoint=checkpoint, overwrite=True)).claim()
     assert (tmp_path / "elsewhere.1/step-20/.metadata").exists() and (tmp_path / "run.1/resolved.toml").exists()
     assert not (tmp_path / "elsewhere").exists()
     remote = config(checkpoint={"enable": True, "folder": "s3://bucket/run"}, overwrite=True)
@@ -162,17 +162,17 @@ def test_a_restart_of_the_same_job_does_not_overwrite_what_it_began(config, run,
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     # The job died before it set the old run aside.
-    assert plan_resume(config(overwrite=True)).set_aside == [run]
-    plan_resume(config()).record(config(), world_size=1)
+    assert plan_resume(config(overwrite=True)).archived == [run]
+    plan_resume(config()).write_start(config(), world_size=1)
     assert plan_resume(config(overwrite=True)).from_step == 20
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert plan_resume(config(overwrite=True)).set_aside == [run]
+    assert plan_resume(config(overwrite=True)).archived == [run]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert plan_resume(config(overwrite=True)).from_step == 20
     # The files of the recipe were changed meanwhile.
-    assert plan_resume(config(overwrite=True, debug={"seed": 7})).set_aside == [run]
+    assert plan_resume(config(overwrite=True, debug={"seed": 7})).archived == [run]
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert plan_resume(config(overwrite=True)).set_aside == [run]
+    assert plan_resume(config(overwrite=True)).archived == [run]
 
 
 @pytest.mark.parametrize("damage", ["", "resolved = true\n[training", None])
@@ -182,7 +182,7 @@ def test_a_run_of_an_unknown_recipe_is_refused(config, run, damage):
     with pytest.raises(UserError, match="holds a run without a readable resolved.toml, so that it may be of another"):
         plan_resume(config())
     assert plan_resume(config(resume=True)).from_step == 20
-    assert plan_resume(config(overwrite=True)).set_aside == [run]
+    assert plan_resume(config(overwrite=True)).archived == [run]
 
 
 def test_a_run_of_an_older_version_had_the_defaults_of_later_settings(config, run):
@@ -206,7 +206,7 @@ def test_every_setting_of_the_data_but_how_they_are_read_identifies_a_run(config
     tables = build.tables_of(dataclasses.replace(config(), dataloader=TextDataLoader.Config()))
     kept = run_folder.identity(tables)["dataloader"]
     reading = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
-    # Known by content and effect: tests/run/test_data_facts.py.
+    # Known by content and effect: tests/runs/test_data_facts.py.
     assert keys - set(kept) == reading | {"dataset_path", "streaming"}
 
 
@@ -214,7 +214,7 @@ def test_each_start_is_one_line_and_no_setting_is_lost(config, run):
     (run / "resolved.toml").unlink()
     settings = [config(), config(training={"steps": 200, "local_batch_size": 2}), config(training={"steps": 300})]
     for each in settings:
-        plan_resume(dataclasses.replace(each, resume=True)).record(each, hosts=["here"], world_size=1)
+        plan_resume(dataclasses.replace(each, resume=True)).write_start(each, hosts=["here"], world_size=1)
         with (run / "starts.jsonl").open("a") as stream:
             # As if the start after it had been cut short.
             stream.write('{"time": ')
@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/starts.jsonl").mkdir()
     with pytest.raises(UserError, match="starts.jsonl cannot be written: Is a directory"):
-        plan_resume(config()).record(config())
+        plan_resume(config()).write_start(config())
 
 
 def test_git_gives_commit_and_dirty_files_and_its_absence_is_no_error(tmp_path, monkeypatch):
@@ -272,20 +272,20 @@ def test_the_code_hash_is_that_of_all_files_of_the_package(monkeypatch, tmp_path
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
-    code = "import sys; from pathlib import Path; from nitp_titan.runs.run_folder import Start; import time\n"
+    code = "import sys; from pathlib import Path; from nitp_titan.runs.run_folder import ResumePlan; import time\n"
     # A start looks at its folder twice.
-    code += "Start(Path(sys.argv[1])).settle(); Start(Path(sys.argv[1])).settle(); print('held', flush=True)\n"
+    code += "ResumePlan(Path(sys.argv[1])).claim(); ResumePlan(Path(sys.argv[1])).claim(); print('held', flush=True)\n"
     code += "time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         message = rf"{tmp_path} is in use: process {other.pid} on .* trains there"
         with pytest.raises(UserError, match=message):
-            Start(tmp_path).settle()
+            ResumePlan(tmp_path).claim()
         with pytest.raises(UserError, match=message):
-            Start(tmp_path, set_aside=[tmp_path]).settle()
+            ResumePlan(tmp_path, archived=[tmp_path]).claim()
         other.kill()
     assert tmp_path.is_dir()
-    Start(tmp_path).settle()
+    ResumePlan(tmp_path).claim()
 
 
 def _steps(folder):
@@ -299,7 +299,7 @@ def test_an_earlier_step_is_gone_on_with_and_later_ones_are_set_aside(config, ru
     other_way = config(checkpoint={"enable": True, "load_step": 3})
     start = plan_resume(other_way)
     assert (start.from_step, [path.name for path in start.later]) == (3, ["step-20"]) and _files(run) == before
-    start.settle()
+    start.claim()
     place = run / "checkpoint/set_aside/after_step_3"
     assert f"step 20 and later metrics are now in {place}" in caplog.text
     assert _steps(place) == ["step-20"] and (place / "step-20/.metadata").exists()
@@ -309,7 +309,7 @@ def test_an_earlier_step_is_gone_on_with_and_later_ones_are_set_aside(config, ru
     (run / "checkpoint/step-7").mkdir()
     (run / "checkpoint/step-7/.metadata").touch()
     assert plan_resume(config()).from_step == 7 and plan_resume(config()).later == []
-    plan_resume(other_way).settle()
+    plan_resume(other_way).claim()
     assert _steps(run / "checkpoint/set_aside/after_step_3.1") == ["step-7"]
     assert plan_resume(config()).from_step == 3
 
@@ -329,11 +329,11 @@ def test_a_kill_while_later_steps_are_set_aside_loses_nothing(config, run, monke
 
     monkeypatch.setattr(type(run), "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        plan_resume(other_way).settle()
+        plan_resume(other_way).claim()
     monkeypatch.undo()
     assert plan_resume(config()).from_step == 40
     assert json.loads((run / "data.json").read_text()) == of_both_ways
-    plan_resume(other_way).settle()
+    plan_resume(other_way).claim()
     assert json.loads((run / "data.json").read_text()) == [facts]
     aside = run / "checkpoint/set_aside"
     assert json.loads((aside / "after_step_3.1/data.json").read_text()) == of_both_ways
@@ -345,15 +345,15 @@ def test_a_restarted_job_goes_on_with_the_way_that_it_has_taken(config, run, mon
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     other_way = config(checkpoint={"enable": True, "load_step": 3})
     start = plan_resume(other_way)
-    start.settle()
-    start.record(other_way)
+    start.claim()
+    start.write_start(other_way)
     (run / "checkpoint/step-9").mkdir()
     (run / "checkpoint/step-9/.metadata").touch()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     again = plan_resume(other_way)
     assert (again.from_step, again.later) == (9, [])
     # And at each further restart.
-    again.record(other_way)
+    again.write_start(other_way)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert (plan_resume(other_way).from_step, plan_resume(other_way).later) == (9, [])
     monkeypatch.setenv("SLURM_JOB_ID", "18")
@@ -369,7 +369,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(config, run, evidence):
     _without_checkpoints(run)
     if evidence == "metrics":
         (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 90}\n')
-        recipe.write_resolved(config(checkpoint={"enable": True, "interval": 50}), run)
+        run_folder.write_resolved(config(checkpoint={"enable": True, "interval": 50}), run)
     elif evidence == "a start":
         (run / "starts.jsonl").write_text('{"from_step": 20}\n')
     else:
@@ -379,19 +379,19 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(config, run, evidence):
     for resume in (False, True):
         with pytest.raises(UserError, match=message):
             plan_resume(config(resume=resume))
-    assert _files(run) == before and plan_resume(config(overwrite=True)).set_aside == [run]
+    assert _files(run) == before and plan_resume(config(overwrite=True)).archived == [run]
 
 
 def test_a_finished_run_without_checkpoints_does_not_start_again(config, run):
     _without_checkpoints(run)
     plain = {"checkpoint": {"enable": False}}
-    recipe.write_resolved(config(**plain), run)
+    run_folder.write_resolved(config(**plain), run)
     (run / "metrics.jsonl").write_text('{"step": 99}\n')
     assert plan_resume(config(**plain)).message.endswith("the run had no checkpoint yet and starts again")
     (run / "metrics.jsonl").write_text('{"step": 100}\n')
     with pytest.raises(UserError, match="holds a finished run of 100 steps without checkpoints, .* with --overwrite"):
         plan_resume(config(**plain))
-    assert plan_resume(config(**plain, overwrite=True)).set_aside == [run]
+    assert plan_resume(config(**plain, overwrite=True)).archived == [run]
 
 
 def test_fewer_steps_than_done_are_refused_and_a_finished_run_says_so(config, run):
@@ -400,7 +400,7 @@ def test_fewer_steps_than_done_are_refused_and_a_finished_run_says_so(config, ru
     with pytest.raises(UserError, match=message):
         plan_resume(config(training={"steps": 10}, resume=True))
     assert _files(run) == before
-    recipe.write_resolved(config(training={"steps": 20}), run)
+    run_folder.write_resolved(config(training={"steps": 20}), run)
     start = plan_resume(config(training={"steps": 20}))
     assert start.message == f"{run}: the run has done its 20 steps, nothing is left to train"
 
@@ -447,7 +447,7 @@ def test_a_damaged_file_of_lines_is_set_aside_and_named(config, run, name, damag
         path.mkdir()
     else:
         path.write_bytes(good + damage + good + b'{"step": 2, "cut')
-    plan_resume(config()).settle()
+    plan_resume(config()).claim()
     if name == "starts" and damage == b'{"loss": 1}\n':
         # A line of a start has no step.
         assert "was damaged" not in caplog.text
@@ -458,14 +458,14 @@ def test_a_damaged_file_of_lines_is_set_aside_and_named(config, run, name, damag
     else:
         assert path.read_bytes() == 2 * good and (run / f"{name}.jsonl.damaged").read_bytes() == damage
         path.write_bytes(damage)
-        plan_resume(config()).settle()
+        plan_resume(config()).claim()
         assert (run / f"{name}.jsonl.damaged.1").read_bytes() == damage
 
 
 def test_a_run_in_weights_and_biases_is_the_same_at_every_start_but_not_on_another_way(config, run, monkeypatch):
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     first = plan_resume(config())
-    first.record(config())
+    first.write_start(config())
     assert first.wandb_id and plan_resume(config()).wandb_id == first.wandb_id
     assert plan_resume(config(checkpoint={"enable": True, "load_step": 3})).wandb_id != first.wandb_id
     monkeypatch.setenv("WANDB_RUN_ID", "mine")

@@ -16,7 +16,7 @@ def counts(torchrun, assets, tmp_path_factory):
     shutil.copytree(folder / "here", folder / "run", ignore=shutil.ignore_patterns("run.lock"))
     flags = ["--recipe", "debug/nitp_debug", "--train-config", "cpu", "--dump_folder", str(folder / "run"), "--resume"]
     flags += ["--training.local_batch_size", "8", "--training.steps", "9"]
-    done = torchrun(2, "tests/run/counted_start.py", str(folder), *flags)
+    done = torchrun(2, "tests/runs/counted_start.py", str(folder), *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

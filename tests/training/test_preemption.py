@@ -74,7 +74,7 @@ def test_a_second_signal_ends_a_process_that_waits_for_a_device_but_one_that_was
     ],
 )
 def test_of_two_ranks_one_fails_and_says_why_and_the_other_ends_soon_with_one_line(torchrun, what, said):
-    done = torchrun(2, "tests/run/one_rank_fails.py", what)
+    done = torchrun(2, "tests/runs/one_rank_fails.py", what)
     seconds = time.time() - float(re.search(r"at (\d+\.\d+)", done.stdout)[1])
     lines = done.stderr.partition(" closing signal ")[0].splitlines()
     told = [line for line in lines if re.match(r"error: |rank 0 ends|\[rank.\]: \w+Error", line)]
@@ -89,7 +89,7 @@ def test_of_two_ranks_one_fails_and_says_why_and_the_other_ends_soon_with_one_li
 
 def test_a_document_that_only_rank_1_cannot_read_ends_training_with_its_line_alone(torchrun, tmp_path):
     flags = ["--recipe", "debug/nitp_debug", "--train-config", "cpu", "--dump_folder", str(tmp_path / "run")]
-    done = torchrun(2, "tests/run/rank_1_fails.py", *flags, *SMALL, "--training.steps", "4")
+    done = torchrun(2, "tests/runs/rank_1_fails.py", *flags, *SMALL, "--training.steps", "4")
     lines = done.stderr.splitlines()
     assert done.returncode == 1
     assert [line for line in lines if line.startswith("error: ")] == ["error: part-1.jsonl, line 7: no text."]
@@ -98,7 +98,7 @@ def test_a_document_that_only_rank_1_cannot_read_ends_training_with_its_line_alo
 
 
 def test_ranks_that_reach_the_end_wait_for_each_other(torchrun):
-    done = torchrun(2, "tests/run/one_rank_fails.py", "nothing")
+    done = torchrun(2, "tests/runs/one_rank_fails.py", "nothing")
     assert done.returncode == 0 and sorted(done.stdout.splitlines()) == ["rank 0 is done", "rank 1 is done"]
 
 

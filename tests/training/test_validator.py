@@ -16,12 +16,12 @@ from simulated_ranks import SimulatedRanks
 from nitp_titan import config_registry
 from nitp_titan.cli import catalog
 from nitp_titan.config import recipe
+from nitp_titan.config.trained import trained
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.errors import UserError
 from nitp_titan.report.runs import read_arms
 from nitp_titan.step_files import read_records
 from nitp_titan.training.preemption import EXIT_PREEMPTED
-from nitp_titan.training.trainer import validator_with_streams
 from nitp_titan.training.validator import ValidationData, ValidationSkipped, ValidationStopped
 
 SEQ_LEN, GLOBAL_BATCH = 32, 24
@@ -152,7 +152,7 @@ def test_each_rank_has_streams_of_its_own_in_every_shipped_train_config(name):
         parallelism = config.parallelism
         others = parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
         degree = config.machine.num_ranks // others // parallelism.pipeline_parallel_degree
-        for data in (config.dataloader, validator_with_streams(config).dataloader):
+        for data in (config.dataloader, trained(config).validator.dataloader):
             assert (data.num_streams or 1) % degree == 0, recipe_name
 
 

@@ -68,7 +68,7 @@ def test_a_difference_is_said_with_both_values(change, said):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "said"),
+    ("which", "said"),
     [
         ([1], "rank 1"),
         ([1, 2], "ranks 1, 2"),
@@ -77,8 +77,8 @@ def test_a_difference_is_said_with_both_values(change, said):
         ([1, 3, 5, 7, 8, 15], "ranks 1, 3, 5, 7 and 2 more"),
     ],
 )
-def test_ranks_that_differ_alike_are_named_together(ranks, said):
-    by_rank = ["torch = 'a'" if rank in ranks else "" for rank in range(16)]
+def test_ranks_that_differ_alike_are_named_together(which, said):
+    by_rank = ["torch = 'a'" if rank in which else "" for rank in range(16)]
     assert ranks.message(by_rank) == (
         f"the ranks of this run do not agree. {said}: torch = 'a'. All of them must read the same files."
     )
