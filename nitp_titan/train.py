@@ -1,6 +1,6 @@
 """Train a recipe: the command line, on top of TorchTitan's own.
 
-The same command goes on with a run that was stopped. Exit status 75: the run was told to stop (SIGTERM, Ctrl-C), has
+The same command resumes a run that was stopped. Exit status 75: the run was told to stop (SIGTERM, Ctrl-C), has
 saved, and can go on. Imports nothing heavy before the arguments are right.
 """
 
@@ -33,7 +33,7 @@ _DESCRIPTION = """Train a recipe (what is trained) on a machine that a train con
   torchrun --nproc_per_node 1 -m nitp_titan.train --recipe debug/nitp_debug
   torchrun --nproc_per_node 8 -m nitp_titan.train --recipe recipes/my.toml --train-config h100x8 --nitp.weight 0.8
 
-The same command goes on with a run that was stopped. Ctrl-C or SIGTERM: the step is finished and saved; exit status 75.
+The same command resumes a run that was stopped. Ctrl-C or SIGTERM: the step is finished and saved; exit status 75.
 """
 # Flag, its value in the help, and what it does.
 _COMMON = [
@@ -43,7 +43,7 @@ _COMMON = [
     ("--checkpoint.interval", "N", "steps between checkpoints (default: the train config's)"),
     ("--metrics.log_freq", "N", "steps between lines of the log (default: the train config's)"),
     ("--resume", "", "go on although recipe or data have changed since (default: refused)"),
-    ("--overwrite", "", "set the run that is in the folder aside and start anew (default: go on with it)"),
+    ("--overwrite", "", "set the run that is in the folder aside and start anew (default: resume it)"),
 ]
 
 

@@ -30,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exits.run(main, kept="finished tokenizers are kept; the same command goes on.")
+    exits.run(main, kept="finished tokenizers are kept; the same command resumes.")

@@ -4,7 +4,7 @@ python scripts/evaluate.py --model NTP=outputs/ntp/hf NITP=outputs/nitp/hf --sui
 python scripts/evaluate.py --model NTP=outputs/ntp/hf NITP=outputs/nitp/hf --suite local --text my.jsonl
 python scripts/evaluate.py --model owner/name --suite quick --limit 100
 
-The first model is the baseline. Finished tasks are kept in --out: the same command goes on where it stopped. The suites
+The first model is the baseline. Finished tasks are kept in --out: the same command resumes where it stopped. The suites
 paper, quick and mteb load data from the Hugging Face hub (token: HF_TOKEN); local and --text need no network.
 """
 
@@ -101,4 +101,4 @@ def _plan(arguments: argparse.Namespace, models: list) -> Plan:
 
 
 if __name__ == "__main__":
-    exits.run(main, kept="finished tasks are kept; the same command goes on.")
+    exits.run(main, kept="finished tasks are kept; the same command resumes.")

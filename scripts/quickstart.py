@@ -2,7 +2,7 @@
 
 python scripts/quickstart.py [--steps 20] [--out outputs/quickstart]
 
-The same command goes on where it stopped; what is finished is not trained again.
+The same command resumes where it stopped; what is finished is not trained again.
 """
 
 import argparse
@@ -74,4 +74,4 @@ def _say(arm: str, line: str) -> None:
 
 
 if __name__ == "__main__":
-    exits.run(main, kept="runs keep what they have saved; the same command goes on.")
+    exits.run(main, kept="runs keep what they have saved; the same command resumes.")

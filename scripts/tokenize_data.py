@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exits.run(main, kept="finished shards are kept; the same command goes on.")
+    exits.run(main, kept="finished shards are kept; the same command resumes.")

@@ -95,7 +95,7 @@ def test_ctrl_c_in_the_quickstart_lets_its_run_save_and_says_how_to_go_on(assets
         finally:
             process.kill()
     said = (tmp_path / "said.txt").read_text()
-    assert said.splitlines()[-1] == "interrupted: runs keep what they have saved; the same command goes on."
+    assert said.splitlines()[-1] == "interrupted: runs keep what they have saved; the same command resumes."
     assert "Traceback" not in said and "Stopped by Ctrl-C after step" in (tmp_path / "ntp/log.txt").read_text()
     assert list((tmp_path / "ntp/checkpoint").glob("step-*/.metadata")) and not (tmp_path / "nitp").exists()
     assert json.loads((tmp_path / "ntp/arm.json").read_text())["finished"] is False

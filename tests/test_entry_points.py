@@ -195,9 +195,7 @@ def test_a_mistake_met_while_building_is_said_by_the_stock_entry_point_without_a
     command = [sys.executable, "-m", "torchtitan.train", *arguments, "--resume", "--overwrite"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.endswith(
-        "\nerror: --resume goes on with a run and --overwrite starts it anew; give one of them.\n"
-    )
+    assert done.stderr.endswith("\nerror: --resume resumes a run and --overwrite starts it anew; give one of them.\n")
 
 
 def test_of_many_ranks_one_says_what_is_wrong(torchrun):

@@ -139,7 +139,7 @@ def main():
     if sys.argv[1] == "bug":
         raise KeyError("x")
 
-exits.run(main, kept="finished tasks; the same command goes on", place="outputs")
+exits.run(main, kept="finished tasks; the same command resumes", place="outputs")
 """
 
 
@@ -148,7 +148,7 @@ exits.run(main, kept="finished tasks; the same command goes on", place="outputs"
     [
         ("fine", 0, ""),
         ("pipe", 141, ""),
-        ("interrupt", 130, "interrupted: finished tasks; the same command goes on\n"),
+        ("interrupt", 130, "interrupted: finished tasks; the same command resumes\n"),
         ("disk", 1, "error: outputs cannot be used: the disk is full.\n"),
         (
             "limit",

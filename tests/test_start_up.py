@@ -128,7 +128,7 @@ def test_a_start_reads_the_tokenizer_once_and_builds_the_model_once_for_all_chec
     count(Decoder, "__init__", lambda arguments: "models")
     count(subprocess, "run", lambda arguments: arguments[0][0])
     tokenizer = shutil.copytree(assets, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.jsonl"))
-    # The second start goes on from a checkpoint of the first, so more is checked, and reads the same tokenizer.
+    # The second start resumes from a checkpoint of the first, so more is checked, and reads the same tokenizer.
     for steps, tokenizers in ((1, 1), (2, 0)):
         counts.clear()
         provenance.git.cache_clear()

@@ -29,7 +29,7 @@ _NOT_COMPARED = ("architectures", "rope_theta", "rope_parameters", "rope_scaling
 def check_initial_load(config, spec: ModelSpec, tensors: dict[str, Tensor]):
     """Check the initial checkpoint of a ``Trainer.Config`` and log what will be loaded and what is new.
 
-    For runs without checkpoints of their own: TorchTitan goes on from these first.
+    For runs without checkpoints of their own: TorchTitan resumes from these first.
 
     Args:
         spec: the model to be trained, its projector included.

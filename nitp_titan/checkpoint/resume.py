@@ -1,4 +1,4 @@
-"""Whether a run can go on from its own checkpoints; asked before anything is built."""
+"""Whether a run can resume from its own checkpoints; asked before anything is built."""
 
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def check_data(checkpoint: Checkpoint, num_streams: int) -> None:
         found = sum(name.startswith("stream_") for name in checkpoint.data_state)
         said = f"is of data in {found} streams, but [dataloader] num_streams = {num_streams}"
         if not found:
-            said = "has no state of the data that this version can go on with"
+            said = "has no state of the data that this version can resume"
         raise UserError(
             f"{checkpoint.folder} {said}. With [checkpoint] exclude_from_loading = ['{DATALOADER}'] the data begins "
             "again.",

@@ -263,7 +263,7 @@ def check_dataset(config: TextDataLoader.Config, table: str = "dataloader") -> N
         if config.shuffle and is_streamed(place.source):
             raise UserError(
                 f"[{table}] shuffle = true, but '{place.name}' is streamed, and only an indexed source can be shuffled "
-                "and gone on with exactly: set its streaming = false, or tokenize it (scripts/tokenize_data.py).",
+                "and resumed exactly: set its streaming = false, or tokenize it (scripts/tokenize_data.py).",
                 table=table,
                 key="shuffle",
             )

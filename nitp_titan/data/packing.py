@@ -67,7 +67,7 @@ def open_documents(
 
     Args:
         source: an indexed or a streamed data set.
-        states: of each stream, from its documents' `state` to go on from, or None for the beginning.
+        states: of each stream, from its documents' `state` to resume from, or None for the beginning.
         shuffle: whether an indexed source is shuffled in the first epoch too.
     """
     if isinstance(source, Dataset):
@@ -101,7 +101,7 @@ class IndexedDocuments:
     """Documents of one stream of an indexed source, epoch after epoch; shuffled, by default from the second epoch on.
 
     Args:
-        state: from `state`, to go on from; None for the beginning.
+        state: from `state`, to resume from; None for the beginning.
         shuffle: whether the first epoch is shuffled too.
     """
 
@@ -148,7 +148,7 @@ class Reading:
 
     Args:
         source: a data set that nobody else reads.
-        states: of each stream, from `StreamedDocuments.state` to go on from, or None for the beginning.
+        states: of each stream, from `StreamedDocuments.state` to resume from, or None for the beginning.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class StreamedDocuments:
     """Documents of one stream of a streamed source, epoch after epoch.
 
     Args:
-        state: from `state`, to go on from; None for the beginning.
+        state: from `state`, to resume from; None for the beginning.
     """
 
     def __init__(self, reading: Reading, stream: int, state: dict[str, Any] | None):
@@ -246,7 +246,7 @@ class Stream:
         infinite: whether to begin again at the end.
         name: what the log calls it.
         empty: raised where endless data has no token.
-        state: from `state`, to go on from; None for the beginning.
+        state: from `state`, to resume from; None for the beginning.
     """
 
     def __init__(

@@ -131,7 +131,7 @@ def read_file(
         file: its name; no pattern.
         fields: of an object or row, that hold the text.
         kind: ``json``, which ``.txt`` belongs to, or ``parquet``.
-        start: from `Document.place`, to go on from.
+        start: from `Document.place`, to resume from.
 
     Raises:
         TextError: naming the file, the line or row, and what was found.

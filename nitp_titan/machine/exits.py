@@ -15,7 +15,7 @@ from nitp_titan.machine.failures import chain, lost_rank, surroundings
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""
-KEPT_OF_TRAINING = "training had not begun, or was ended at once; the same command goes on from the last checkpoint."
+KEPT_OF_TRAINING = "training had not begun, or was ended at once; the same command resumes from the last checkpoint."
 LATER = 10
 """Seconds added to the time that torchrun is told of a rank that ends because it lost another one. torchrun takes the
 earliest error for the reason, counts in whole seconds, and notices a killed rank after its neighbours have."""

@@ -154,7 +154,7 @@ class ResumePlan:
             append_line(self.folder / _STARTS, redact(json.dumps(line)))
             if self.from_step is None:
                 self._record_data(0, documents, before=[])
-            write_resolved(tables, self.folder)
+            write_resolved(config, self.folder)
         except OSError as error:
             raise UserError(f"{error.filename or self.folder} cannot be written: {error.strerror}.") from None
 
@@ -431,8 +431,9 @@ def _read_resolved(folder: Path) -> Tables | None:
     return tables if tables.pop("resolved", False) is True else None
 
 
-def write_resolved(tables: Tables, folder: Path) -> None:
+def write_resolved(config: Trainer.Config, folder: Path) -> None:
     """Write ``resolved.toml`` (can be trained again) and ``resolved.json`` into a run folder."""
+    tables = tables_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     head = "# The resolved configuration of a run; torchrun ... -m nitp_titan.train --recipe <this file>\n"
     write_atomically(folder / _RESOLVED, head + tomli_w.dumps({"resolved": True, **tables}))

@@ -165,7 +165,7 @@ class NITPMetrics(MetricsProcessor):
         if self.console is not None:
             self.validation_file.append({"step": step, "skipped": reason})
             self.logger.log({_SKIPPED_VALIDATION: 1}, step)
-            logger.warning(f"step {step}: the validation is left out, training goes on. {reason}")
+            logger.warning(f"step {step}: the validation is left out, training continues. {reason}")
 
     def log_validation_geometry(self, step: int, stats: dict[str, dict[str, Any]]) -> None:
         """Log the geometry of the fixed validation batches, measured at a step."""

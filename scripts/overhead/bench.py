@@ -46,7 +46,7 @@ def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: i
     """NTP, NITP and MTP on one device of this machine.
 
     The text is that of Python's standard library whatever the recipe, and a step is one micro-batch: the cost of NITP
-    hangs on neither.
+    depends on neither.
 
     Args:
         recipe_name, train_config: by path or short name; None for those of this device.

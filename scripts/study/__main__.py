@@ -1,6 +1,6 @@
 """Which of the paper's mechanisms show on a small model? Train recipes/study/ with several seeds and print the table.
 
-python scripts/study                     # about an hour on 2 quiet cores; goes on where it stopped
+python scripts/study                     # about an hour on 2 quiet cores; resumes where it stopped
 python scripts/study --all               # with longer training and a larger vocabulary: some hours
 python scripts/study --arm ntp --arm nitp --seed 1
 python scripts/study --report            # the table of what is there already
@@ -123,4 +123,4 @@ def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
 
 
 if __name__ == "__main__":
-    exits.run(main, kept="runs keep what they have saved; the same command goes on.")
+    exits.run(main, kept="runs keep what they have saved; the same command resumes.")

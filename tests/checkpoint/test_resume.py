@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or none, and checked before a run goes on from them."""
+"""Checkpoints of a run: whole or none, and checked before a run resumes from them."""
 
 import dataclasses
 import json
@@ -332,7 +332,7 @@ def test_a_state_of_data_in_parts_is_refused_in_a_line(copy):
     checkpoint = Checkpoint(copy / "checkpoint/step-3")
     assert checkpoint.data_state == {"num_streams", "sequence", "stream_0"}
     checkpoint.data_state = {"num_shards", "sequence", "shard_0"}
-    with pytest.raises(UserError, match=r"step-3 has no state of the data that this version can go on with\. With"):
+    with pytest.raises(UserError, match=r"step-3 has no state of the data that this version can resume\. With"):
         check_data(checkpoint, 1)
 
 

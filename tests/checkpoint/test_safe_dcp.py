@@ -132,7 +132,7 @@ def test_the_same_code_runs_in_torchs_own_loader(copy, tmp_path, place):
 
 
 def test_a_class_of_the_metadata_cannot_be_reached_through_another_name():
-    """Nor can what hangs on an allowed one: a pickle may name a path of attributes."""
+    """Nor can what depends on an allowed one: a pickle may name a path of attributes."""
     for module, name in (
         ("torch.distributed.checkpoint.metadata", "Metadata.__init__"),
         ("torch.distributed.checkpoint.metadata", "os.system"),

@@ -12,7 +12,6 @@ from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 from nitp_titan import config_registry
 from nitp_titan.cli import catalog
 from nitp_titan.config import build, recipe
-from nitp_titan.config.build import tables_of
 from nitp_titan.errors import UserError
 from nitp_titan.runs.run_folder import write_resolved
 from nitp_titan.training.trainer import load_config
@@ -117,7 +116,7 @@ def test_the_resolved_recipe_gives_the_same_configuration_again(files, tmp_path,
     config = files("lr = 1e-3", "lr = 1e-3\nbetas = [0.8, 0.9]\n[debug]\nseed = 7", train_config=(policy, text))
     assert config.parallelism.context_parallel_load_balancer is None
     assert config.checkpoint.initial_load_path == str(Path("outputs/seed").absolute())
-    write_resolved(tables_of(config), tmp_path / "run")
+    write_resolved(config, tmp_path / "run")
     again = load_config(tmp_path / "run/resolved.toml", None)
     for field in dataclasses.fields(config):
         if field.name != "model_spec":

@@ -241,8 +241,8 @@ def test_the_log_says_what_is_left_out(tmp_path, texts, assets):
 def test_a_worker_that_is_killed_or_fails_without_a_word_ends_the_command_with_one_line():
     silent = SimpleNamespace(empty=lambda: True)
     for codes, message in (
-        ((None, -9), "^a worker was ended by SIGKILL, as where memory is full; the same command goes on.$"),
-        ((1, None), "^a worker failed; its message is above, and the same command goes on.$"),
+        ((None, -9), "^a worker was ended by SIGKILL, as where memory is full; the same command resumes.$"),
+        ((1, None), "^a worker failed; its message is above, and the same command resumes.$"),
     ):
         workers = [SimpleNamespace(exitcode=code, sentinel=7) for code in codes]
         with pytest.raises(UserError, match=message):
@@ -354,7 +354,7 @@ def test_ctrl_c_ends_the_command_and_its_workers_in_one_line(corpus, tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
-    assert (process.returncode, said) == (130, "interrupted: finished shards are kept; the same command goes on.\n")
+    assert (process.returncode, said) == (130, "interrupted: finished shards are kept; the same command resumes.\n")
     assert list(out.glob("unfinished/shard_*.json")) and not (out / "manifest.json").exists()
 
 

@@ -180,7 +180,7 @@ def test_validation_geometry_sees_the_same_validation_tokens_each_time_and_in_ev
 
 
 def test_states_that_are_not_finite_do_not_stop_a_run(tmp_path, assets, caplog):
-    """Spoilt while they are measured only: the loss is finite and training goes on."""
+    """Spoilt while they are measured only: the loss is finite and training continues."""
     trainer = make_config(tmp_path, geometry={"enable": True, "layers": True}, training={"steps": 1}).build()
     observe = trainer.tracker.observe
     trainer.tracker.observe = lambda state, x, *rest, **options: observe(

@@ -89,8 +89,8 @@ def test_data_that_grew_at_their_end_go_on_with_resume_which_says_from_where_the
     with pytest.raises(UserError) as refused:
         plan_resume(_config(corpus))
     assert str(refused.value).startswith(f"{run} holds a run on other data: {said}. ")
-    assert str(refused.value).endswith("or go on all the same with --resume.")
-    assert plan_resume(_config(corpus, flags=RESUME)).message == f"{run}: the run goes on from step 1; {said}"
+    assert str(refused.value).endswith("or resume all the same with --resume.")
+    assert plan_resume(_config(corpus, flags=RESUME)).message == f"{run}: the run resumes from step 1; {said}"
     (run / "checkpoint").rename(run / "away")
     with pytest.raises(UserError, match="grew at its end"):
         plan_resume(_config(corpus, flags=RESUME))
@@ -185,7 +185,7 @@ def test_other_data_are_those_of_the_run_once_a_checkpoint_has_their_state(corpu
 
 def test_data_that_begin_again_say_so_whether_or_not_they_have_changed(corpus, run):
     again = _config(corpus, checkpoint={"exclude_from_loading": ["dataloader"]})
-    assert plan_resume(again).message.endswith("goes on from step 1; the data begin again")
+    assert plan_resume(again).message.endswith("resumes from step 1; the data begin again")
 
 
 def test_each_checkpoint_is_compared_with_its_own_data(corpus, run):
@@ -220,7 +220,7 @@ def test_another_number_of_sources_does_not_fit_the_state_of_the_data(corpus, ru
 
 def test_other_validation_data_go_on_with_resume(corpus, run):
     (corpus / "validation.jsonl").write_text(_lines(range(4)))
-    with pytest.raises(UserError, match=r"\[validator.dataloader\] .*validation.jsonl has .* or go on all the same"):
+    with pytest.raises(UserError, match=r"\[validator.dataloader\] .*validation.jsonl has .* or resume all the same"):
         plan_resume(_config(corpus))
     assert plan_resume(_config(corpus, flags=RESUME)).from_step == 1
 

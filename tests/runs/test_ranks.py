@@ -6,6 +6,8 @@ import time
 import pytest
 from helpers import make_config
 
+from nitp_titan.config.build import tables_of
+from nitp_titan.config.tables import flat_settings
 from nitp_titan.runs import provenance, ranks
 from nitp_titan.runs.run_folder import plan_resume
 
@@ -35,21 +37,21 @@ def test_ranks_that_read_another_recipe_or_run_other_code_end_in_seconds(torchru
 
 
 def test_the_facts_of_a_node_are_code_versions_tokenizer_data_and_the_checkpoint(start, assets, tmp_path):
-    facts = ranks.facts(start)
+    facts = ranks.local_facts(start)
     assert facts["nitp_titan code"] == provenance.code_hash()[:12]
     assert facts["torchtitan"] == "0.3.0" and facts["python"].startswith("3.")
     for name in ("train.jsonl", "validation.jsonl", "tokenizer.json"):
         size = (assets / name).stat().st_size
         assert facts[f"content of assets/stdlib/{name}"].startswith(f"{size:,} bytes, hash ")
-    assert facts["checkpoint to go on from"] is None and facts["--overwrite"] is False
-    settings = ranks.settings(make_config(tmp_path / "run", generated_data=False))
+    assert facts["checkpoint to resume from"] is None and facts["--overwrite"] is False
+    settings = flat_settings(tables_of(make_config(tmp_path / "run", generated_data=False)))
     assert settings["[training] steps"] == 3 and settings["[nitp] weight"] == 1.0
 
 
 def test_a_node_that_sees_another_checkpoint_differs(start):
     """As where the run folder is not on a disk that all nodes share."""
-    first, mine = (ranks.facts(each) for each in (dataclasses.replace(start, from_step=20), start))
-    assert ranks.differences(first, mine) == "checkpoint to go on from = not set, rank 0 has 20"
+    first, mine = (ranks.local_facts(each) for each in (dataclasses.replace(start, from_step=20), start))
+    assert ranks.differences(first, mine) == "checkpoint to resume from = not set, rank 0 has 20"
 
 
 @pytest.mark.parametrize(

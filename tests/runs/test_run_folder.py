@@ -72,7 +72,7 @@ def test_the_same_run_goes_on_with_another_layout_and_other_intervals(config, ru
         )
     )
     assert (start.from_step, start.archived) == (20, [])
-    assert start.message == f"{run}: the run goes on from step 20"
+    assert start.message == f"{run}: the run resumes from step 20"
     assert _files(run) == before
 
 
@@ -93,7 +93,7 @@ def test_another_recipe_or_other_data_are_refused_with_what_differs(config, run,
     text = str(refused.value)
     assert text.startswith(f"{run} holds another run: ") and said in text and "\n" not in text
     assert text.endswith(
-        "Choose another --dump_folder, or set the old run aside with --overwrite, or go on with the run all the same "
+        "Choose another --dump_folder, or set the old run aside with --overwrite, or resume the run all the same "
         "with --resume."
     )
     assert _files(run) == before
@@ -111,7 +111,7 @@ def test_a_learning_rate_is_named_as_the_recipe_names_it(config, run):
 def test_resume_goes_on_with_changed_settings_from_a_checkpoint_only(config, run):
     start = plan_resume(config(training={"steps": 200}, resume=True))
     assert start.from_step == 20
-    assert start.message == f"{run}: the run goes on from step 20 with [training] steps: 100 -> 200"
+    assert start.message == f"{run}: the run resumes from step 20 with [training] steps: 100 -> 200"
     (run / "checkpoint").rename(run / "elsewhere")
     with pytest.raises(UserError, match="steps: 100 -> 200; there is no checkpoint to resume from. Choose another"):
         plan_resume(config(training={"steps": 200}, resume=True))
@@ -155,7 +155,7 @@ def test_overwrite_sets_aside_checkpoints_that_lie_elsewhere(config, run, tmp_pa
     with pytest.raises(UserError, match="cannot set checkpoints in a remote folder aside"):
         plan_resume(remote)
     start = plan_resume(dataclasses.replace(remote, overwrite=False, resume=True))
-    assert start.message == f"{tmp_path}/run: the run goes on from s3://bucket/run"
+    assert start.message == f"{tmp_path}/run: the run resumes from s3://bucket/run"
 
 
 def test_a_restart_of_the_same_job_does_not_overwrite_what_it_began(config, run, monkeypatch):
@@ -243,7 +243,7 @@ def test_git_gives_commit_and_dirty_files_and_its_absence_is_no_error(tmp_path, 
     monkeypatch.setattr(recipe, "PROJECT", tmp_path)
     git = provenance.git.__wrapped__
     assert git() is None
-    (tmp_path / "nitp_titan").mkdir()
+    (tmp_path / "nitp_titan/config").mkdir(parents=True)
     (tmp_path / "nitp_titan/config/recipe.py").touch()
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for arguments in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):

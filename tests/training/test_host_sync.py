@@ -20,7 +20,7 @@ class HostSync(Exception):
     pass
 
 
-# Operators that hand a value, or a shape that hangs on values, to the host.
+# Operators that hand a value, or a shape that depends on values, to the host.
 _SYNCHRONISING = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.equal.default,

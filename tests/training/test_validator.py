@@ -382,7 +382,7 @@ def test_training_goes_on_after_a_validation_that_was_left_out(assets, tmp_path,
     assert "ntp_loss" in records[2]
     assert [record["step"] for record in read_records(tmp_path / "validation_geometry.jsonl")] == [1, 3]
     assert all(part.training for part in trainer.model_parts)
-    assert "step 2: the validation is left out, training goes on. owner/name: it asks to wait (429" in caplog.text
+    assert "step 2: the validation is left out, training continues. owner/name: it asks to wait (429" in caplog.text
     assert opened.count("owner/name") == 1
 
 

@@ -6,7 +6,7 @@
                          little-endian int64
 
 `tokenization` writes them. To the loader such a folder is an indexed `Dataset` of documents, with two numbers for the
-text of each, so it is split into parts, shuffled and gone on with exactly as the text is.
+text of each, so it is split into parts, shuffled and resumed exactly as the text is.
 """
 
 import dataclasses

@@ -73,8 +73,8 @@ def _failure(exitcode: int, errors) -> str:
         return errors.get()
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
-        return f"a worker was ended by {name}, as where memory is full; the same command goes on."
-    return "a worker failed; its message is above, and the same command goes on."
+        return f"a worker was ended by {name}, as where memory is full; the same command resumes."
+    return "a worker failed; its message is above, and the same command resumes."
 
 
 def _work(job: Job, pending: list[int], taken, errors) -> None:
@@ -91,7 +91,7 @@ def _work(job: Job, pending: list[int], taken, errors) -> None:
         errors.put(str(error))
         sys.exit(1)
     except OSError as error:
-        errors.put(f"--out {job.folder} cannot be written: {error.strerror}; the same command goes on.")
+        errors.put(f"--out {job.folder} cannot be written: {error.strerror}; the same command resumes.")
         sys.exit(1)
 
 

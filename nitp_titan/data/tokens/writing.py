@@ -176,7 +176,7 @@ def tokenize(
     num_workers: int,
     say: Callable[[str], None],
 ) -> tuple[Manifest, bool]:
-    """Tokenize a source into a folder, or go on with it.
+    """Tokenize a source into a folder, or resume it.
 
     Args:
         source: of text.
