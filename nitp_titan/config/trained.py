@@ -24,7 +24,9 @@ def trained(config: Trainer.Config) -> Trainer.Config:
     Raises:
         UserError: if model, objective and float8 do not fit each other.
     """
-    return dataclasses.replace(config, model_spec=_model_spec(config), loss=_loss(config), validator=_validator(config))
+    return dataclasses.replace(
+        config, model_spec=_model_spec(config), loss=_loss(config), validator=validation_config(config)
+    )
 
 
 def _model_spec(config: Trainer.Config) -> ModelSpec:
@@ -61,7 +63,7 @@ def _loss(config: Trainer.Config):
     )
 
 
-def _validator(config: Trainer.Config):
+def validation_config(config: Trainer.Config):
     """Validation reads its text in as many streams as training, unless it says otherwise."""
     data = config.validator.dataloader
     if not isinstance(data, TextDataLoader.Config) or data.num_streams is not None:

@@ -42,7 +42,7 @@ def test_one_rank_knows_of_its_signal_at_once_and_the_handler_is_put_back(monkey
 # The main thread is in C for minutes, where no handler of Python runs.
 TWICE = """
 import hashlib, os, signal, threading, time
-from nitp_titan.run import stopping
+from nitp_titan.training import preemption
 
 def send():
     for pause in (0.1, 0.1, 1.5):
@@ -50,8 +50,8 @@ def send():
         print("sent", flush=True)
         os.kill(os.getpid(), signal.SIGINT)
 
-stopping._SECONDS_PASSED_ON = 1
-with stopping.PreemptionSignal(None):
+preemption._SECONDS_PASSED_ON = 1
+with preemption.PreemptionSignal(None):
     threading.Thread(target=send).start()
     hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
 """

@@ -16,7 +16,7 @@ from simulated_ranks import SimulatedRanks
 from nitp_titan import config_registry
 from nitp_titan.cli import catalog
 from nitp_titan.config import recipe
-from nitp_titan.config.trained import trained
+from nitp_titan.config.trained import validation_config
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.errors import UserError
 from nitp_titan.report.runs import read_arms
@@ -152,7 +152,7 @@ def test_each_rank_has_streams_of_its_own_in_every_shipped_train_config(name):
         parallelism = config.parallelism
         others = parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
         degree = config.machine.num_ranks // others // parallelism.pipeline_parallel_degree
-        for data in (config.dataloader, trained(config).validator.dataloader):
+        for data in (config.dataloader, validation_config(config).dataloader):
             assert (data.num_streams or 1) % degree == 0, recipe_name
 
 
