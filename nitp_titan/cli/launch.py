@@ -13,8 +13,7 @@ from pathlib import Path
 
 from nitp_titan.config import recipe
 from nitp_titan.errors import UserError
-from nitp_titan.files import read_own, write_atomically
-from nitp_titan.runs import run_folder
+from nitp_titan.files import archive, read_own, write_atomically
 
 _STAMP = "arm.json"
 # Training processes that threads of this process wait for.
@@ -71,7 +70,7 @@ class Arm:
         if self.folder.exists() and not found:
             raise UserError(f"{self.folder} is not the folder of this run; choose another one with --out.")
         if self.folder.exists() and found["fingerprint"] != wanted:
-            say(f"{self.folder} was trained with other settings; it is now {run_folder.set_aside(self.folder)}")
+            say(f"{self.folder} was trained with other settings; it is now {archive(self.folder)}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_stamp(wanted, finished=False)
         say(" ".join(self.command()))

@@ -7,10 +7,10 @@ import pyarrow.parquet
 import pytest
 from recipe_files import GOOD_RECIPE, GOOD_TRAIN_CONFIG
 
-from nitp_titan.config import recipe
 from nitp_titan.data.loader import check_dataset, TextDataLoader
 from nitp_titan.data.mixtures import MIXTURES, TextSource
 from nitp_titan.errors import UserError
+from nitp_titan.runs.run_folder import write_resolved
 from nitp_titan.training.trainer import load_config
 
 
@@ -110,7 +110,7 @@ def test_sources_come_from_a_train_config_and_come_back_from_the_resolved_recipe
         TextSource(dataset="allenai/c4", subset="en", streaming=True),
     ]
     assert config.validator.dataloader.mixture == "c4_validation"
-    recipe.write_resolved(config, tmp_path / "run")
+    write_resolved(config, tmp_path / "run")
     again = load_config(tmp_path / "run/resolved.toml", None)
     assert (again.dataloader, again.validator) == (config.dataloader, config.validator)
 

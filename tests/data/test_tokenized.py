@@ -387,7 +387,7 @@ def test_a_run_from_tokens_has_the_losses_of_the_run_from_text(corpus, written, 
 def test_a_folder_is_known_by_all_of_its_files(written, tmp_path):
     loader = TextDataLoader.Config(dataset="tokens", dataset_path=str(written[0]))
     start = plan_resume(make_config(tmp_path, dataloader=loader))
-    known = {name for name in ranks.facts(start) if name.startswith(f"content of {written[0]}/")}
+    known = {name for name in ranks.local_facts(start) if name.startswith(f"content of {written[0]}/")}
     assert known == {f"content of {path}" for path in written[0].iterdir()}
 
 

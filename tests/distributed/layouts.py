@@ -23,30 +23,31 @@ import torch
 from helpers import gradient_norms, make_config, weight_norm
 from matrix import Layout, LAYOUTS
 
+from nitp_titan.config import schedules
 from nitp_titan.objectives import nitp, parallelize
-from nitp_titan.training import trainer
+from nitp_titan.runs import preflight
 
 
-def _without_halo(target, runs, group):
-    return [(torch.zeros_like(runs[0][0][:, 0]), None)] * len(runs)
+def _without_halo(z_chunks, position_chunks, group):
+    return [(torch.zeros_like(z_chunks[0][:, 0]), None)] * len(z_chunks)
 
 
-def _shard_local_shift(target, runs, group):
-    """What follows a run is its own first state, as a shift without exchange would have it."""
-    return [(z[:, 0], positions[:, -1] + 1) for z, positions in runs]
+def _shard_local_shift(z_chunks, position_chunks, group):
+    """The state after a chunk is its own first one, as a shift without exchange would have it."""
+    return [(z[:, 0], positions[:, -1] + 1) for z, positions in zip(z_chunks, position_chunks)]
 
 
 def _break(control: str | None) -> None:
     if control == "no halo":
-        nitp.ImplicitTarget._following = _without_halo
+        nitp._halo = _without_halo
     elif control == "shard-local shift":
-        nitp.ImplicitTarget._following = _shard_local_shift
+        nitp._halo = _shard_local_shift
     elif control == "no divide factor":
         parallelize.disable_fsdp_gradient_division = lambda module: None
     elif control == "resharded":
-        trainer._SPLIT_BACKWARD = ()
+        schedules.SPLIT_BACKWARD = ()
     elif control == "no check":
-        trainer.check_parallelism = lambda config, world_size: None
+        preflight.check_parallelism = lambda config, world_size: None
     else:
         assert control is None, control
 

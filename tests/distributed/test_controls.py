@@ -35,7 +35,7 @@ def test_a_projector_gradient_that_is_averaged_and_not_summed_is_found(differenc
 
 @pytest.mark.parametrize("layout", _controlled("resharded"))
 def test_with_the_final_norm_resharded_a_zero_bubble_schedule_loses_its_gradient(differences, figures, layout):
-    """TorchTitan's own chunked loss; when this fails, `ChunkedLoss.Config.keep_unsharded` can go."""
+    """TorchTitan's own chunked loss; when this fails, `ChunkedLoss.Config.reshard_lm_head` can go."""
     found = differences(layout)
     assert any("gradient of rest" in difference for difference in found)
     assert not any("step 1 gradient of projector" in difference for difference in found)
@@ -54,7 +54,7 @@ def test_validation_is_refused_with_schedules_that_always_run_a_backward_pass(tm
 
 @pytest.mark.parametrize("layout", _controlled("no check"))
 def test_what_is_refused_as_wrong_upstream_still_is(differences, layout, tmp_path):
-    """When this fails, TorchTitan has mended it: take the refusal out of `layout.check_parallelism`."""
+    """When this fails, TorchTitan has mended it: take the refusal out of `config.parallelism`."""
     assert any("gradient of rest" in found for found in differences(layout))
     with pytest.raises(UserError, match=r"TorchTitan 0.3.0 gets .* wrong"):
         check_parallelism(make_config(tmp_path, **LAYOUTS[layout].sections), LAYOUTS[layout].ranks)

@@ -11,9 +11,8 @@ from transformers import (
 )
 
 from nitp_titan.evaluation.hidden_states import Collector, decoder_layers, measure
-from nitp_titan.geometry import tracker
 from nitp_titan.geometry.statistics import sample_pairs
-from nitp_titan.objectives.sites import HIDDEN
+from nitp_titan.objectives.sites import HIDDEN, layer_site
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,7 +40,7 @@ def test_the_sampled_cosine_is_that_of_the_drawn_pairs():
 
 def test_names_of_states_are_those_of_training():
     found, _ = measure(make("qwen3"), tokens_of(3, 3), batch_size=2, num_pairs=1)
-    assert list(found) == [tracker.HIDDEN, *(tracker.layer_state(n) for n in range(LAYERS + 1))]
+    assert list(found) == [HIDDEN, *(layer_site(n) for n in range(LAYERS + 1))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
