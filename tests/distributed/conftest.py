@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from processes import free_port, torchrun
+from processes import free_port, warm_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -76,7 +76,7 @@ class Figures:
     def _launch(self, ranks: int, names: list[str]) -> str:
         ports = self.folder / f"{ranks}.json"
         ports.write_text(json.dumps({name: free_port() for name in names}))
-        done = torchrun(ranks, WORKER, str(self.folder), str(ports))
+        done = warm_ranks(ranks, WORKER, str(self.folder), str(ports))
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout + done.stderr
 
