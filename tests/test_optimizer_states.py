@@ -112,8 +112,8 @@ def test_two_ranks_leave_the_projector_alone_before_the_start_step_and_across_a_
 
 def _saved(step) -> dict[str, torch.Tensor]:
     """Weights and optimizer states of a checkpoint."""
-    metadata = FileSystemReader(step).read_metadata().state_dict_metadata
-    names = [name for name in metadata if name in Checkpoint(step).tensors or name.startswith("optimizer.state.")]
+    metadata, weights = FileSystemReader(step).read_metadata().state_dict_metadata, Checkpoint(step).tensors
+    names = [name for name in metadata if name in weights or name.startswith("optimizer.state.")]
     loaded = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
     dcp_files.load(loaded, step, no_dist=True)
     return loaded
