@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from helpers import gradient_norms, make_config, weight_norm
 from matrix import Layout, LAYOUTS
-from torchtitan.protocols.module import Module
 
 from nitp_titan import nitp, parallelize, trainer
 
@@ -51,12 +50,6 @@ def _break(control: str | None) -> None:
         assert control is None, control
 
 
-def _leave_to_the_checkpoint(self, name: str, parameter: torch.nn.Parameter) -> None:
-    """In place of `Module._init_param`, a seventh of a layout's time: what the seed does not fill shows as NaN."""
-    with torch.no_grad():
-        getattr(parameter, "_local_tensor", parameter).fill_(float("nan"))
-
-
 def make_seed(folder: Path, model: str) -> None:
     """Write the initial weights of a model, unsharded."""
     config = make_config(folder / "seeds" / model, **LAYOUTS[f"{model}/one"].sections)
@@ -69,7 +62,6 @@ def make_seed(folder: Path, model: str) -> None:
 def run_layout(folder: Path, layout: Layout) -> dict:
     """Figures of one layout: float64 gradient norms per step, the guard's, the norm of all weights, linears by type."""
     _break(layout.control)
-    Module._init_param = _leave_to_the_checkpoint
     seed = str(folder / "seeds" / layout.model / "checkpoint/step-0")
     checkpoint = {"enable": True, "load_only": True, "initial_load_path": seed}
     config = make_config(folder / layout.name, **layout.sections, checkpoint=checkpoint)
