@@ -1,7 +1,9 @@
 """Trains the layouts that the collected tests ask for, one launch for each number of ranks."""
 
+import fcntl
 import json
 import math
+import os
 import shutil
 import sys
 import warnings
@@ -58,6 +60,15 @@ class Figures:
         if ranks in self.trained:
             return
         self.trained.add(ranks)
+        # Files of tests may be on several processes of pytest-xdist, which share what the first one trains.
+        with (self.folder / f"{ranks}.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            if not lock.read():
+                self._train_all(ranks)
+                lock.write("trained")
+
+    def _train_all(self, ranks: int) -> None:
         names = [name for name, layout in self.layouts.items() if layout.ranks == ranks]
         if ranks == 1:
             names = [f"seeds/{model}" for model in sorted({layout.model for layout in self.layouts.values()})] + names
@@ -88,7 +99,10 @@ class Figures:
 
 @pytest.fixture(scope="session")
 def figures(request, assets, tmp_path_factory) -> Figures:
-    return Figures(tmp_path_factory.mktemp("layouts"), _requested(request.session.items))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "layouts"
+    folder.mkdir(exist_ok=True)
+    return Figures(folder, _requested(request.session.items))
 
 
 @pytest.fixture
