@@ -19,6 +19,33 @@ sys.path.append(str(PROJECT / "scripts"))
 # Before torch is loaded: it decides how OpenMP's threads wait.
 import nitp_titan  # noqa: F401
 
+# Files that take longest, longest first: the many short ones fill the cores beside them, to the end.
+LONGEST = [
+    "distributed/test_layouts",
+    "run/test_stopping",
+    "chaos/test_campaign",
+    "test_entry_points",
+    "test_recipe_tool",
+    "overhead/test_full_size",
+    "distributed/test_elastic",
+    "test_moe",
+    "test_optimizer_states",
+    "distributed/test_hf",
+    "test_report",
+    "bad_input/test_mistakes",
+    "test_variants",
+    "hf/test_parity",
+    "hf/test_export",
+    "test_safety",
+    "test_study",
+    "evaluation/test_command",
+    "bad_input/test_unfit_checkpoints",
+    "test_guard",
+    "test_commands",
+    "evaluation/test_harness",
+    "test_threads",
+]
+
 
 def pytest_configure(config):
     # Modules of the tests import a million objects, all of which stay; not to look through them is a third less time.
@@ -39,6 +66,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = {f"{PROJECT}/tests/{name}.py": index for index, name in enumerate(LONGEST)}
+        assert all(map(os.path.exists, place)), "LONGEST names a file that has moved"
+        items.sort(key=lambda item: place.get(str(item.path), len(place)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
