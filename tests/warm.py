@@ -81,9 +81,12 @@ def become(request: dict, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     arguments = request["arguments"]
-    first, rest = (arguments[1], arguments[2:]) if arguments[0] == "-m" else (arguments[0], arguments[1:])
-    sys.argv[:] = [first, *rest]
-    sys.path[0] = os.getcwd() if arguments[0] == "-m" else os.path.dirname(os.path.abspath(first))
+    if arguments[0] in ("-m", "-c"):
+        sys.argv[:] = ["-c" if arguments[0] == "-c" else arguments[1], *arguments[2:]]
+        sys.path[0] = os.getcwd()
+    else:
+        sys.argv[:] = arguments
+        sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
     added = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
     sys.path[1:1] = added
     importlib.invalidate_caches()
@@ -110,5 +113,7 @@ if __name__ == "__main__":
     started = serve()
     if started and started[0] == "-m":
         runpy.run_module(started[1], run_name="__main__", alter_sys=True)
+    elif started and started[0] == "-c":
+        exec(compile(started[1], "<string>", "exec"), {"__name__": "__main__"})
     elif started:
         runpy.run_path(started[0], run_name="__main__")
