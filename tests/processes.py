@@ -1,9 +1,12 @@
-"""Processes that tests start."""
+"""Processes that tests start: new ones, or forks of a process that has imported TorchTitan already."""
 
+import atexit
+import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -18,10 +21,81 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _environment(**variables: str) -> dict[str, str]:
+    """Variables of a process that is no rank yet."""
+    own = [key for key in os.environ if key in _ONE_RANK or key.startswith(_OF_A_TRAINER)]
+    return {key: value for key, value in os.environ.items() if key not in own} | variables
+
+
 def torchrun(num_ranks: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """Run a module or script under torchrun, in the project; returns the finished process with its output."""
-    own = [key for key in os.environ if key in _ONE_RANK or key.startswith(_OF_A_TRAINER)]
-    environment = {key: value for key, value in os.environ.items() if key not in own} | variables
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
     command += ["--master_port", str(free_port()), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
+    return subprocess.run(command, capture_output=True, text=True, env=_environment(**variables), cwd=PROJECT)
+
+
+def warm_ranks(num_ranks: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """As `torchrun`, without its start and 10 s of imports: for tests of what ranks do, not of how they start."""
+    alike = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    alike |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "TORCHELASTIC_RESTART_COUNT": "0"}
+    alike |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_MAX_RESTARTS": "0", "GROUP_RANK": "0"}
+    environments = [
+        _environment(**alike, RANK=str(rank), LOCAL_RANK=str(rank), **variables) for rank in range(num_ranks)
+    ]
+    return _warm(arguments, environments, PROJECT)
+
+
+def warm_python(*arguments: str, preload: tuple[str, ...] = (), env=None, cwd=None) -> subprocess.CompletedProcess:
+    """As `subprocess.run([sys.executable, *arguments], capture_output=True, text=True)`, with TorchTitan imported.
+
+    For a command whose start in a new process another test proves.
+    """
+    return _warm(arguments, [dict(os.environ if env is None else env)], cwd or os.getcwd(), preload)
+
+
+_server: subprocess.Popen | None = None
+_log = None
+
+
+def _warm(arguments, environments, folder, preload=()) -> subprocess.CompletedProcess:
+    global _server, _log
+    if _server is None or _server.poll() is not None:
+        command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
+        _log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        # Of its own group: Ctrl-C in pytest is not for it.
+        _server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=_log, text=True, cwd=PROJECT, process_group=0
+        )
+        atexit.register(_stop, _server)
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "environments": environments,
+            "folder": str(folder),
+            "out": out.name,
+            "err": err.name,
+            "preload": list(preload),
+        }
+        try:
+            print(json.dumps(request), file=_server.stdin, flush=True)
+            answer = _server.stdout.readline()
+        except BaseException:
+            # A test that ran out of time leaves nothing behind.
+            os.killpg(_server.pid, 9)
+            _server.wait()
+            raise
+        assert answer, f"tests/warm.py has ended: {_read(_log)[-3000:]}"
+        statuses = json.loads(answer)
+        status = statuses[0] if len(statuses) == 1 else int(any(statuses))
+        return subprocess.CompletedProcess(list(arguments), status, out.read(), err.read())
+
+
+def _stop(server: subprocess.Popen) -> None:
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()
+
+
+def _read(file) -> str:
+    file.seek(0)
+    return file.read()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import warm_python
 
 from nitp_titan.config.recipe import PROJECT
 from nitp_titan.errors import UserError
@@ -127,9 +128,9 @@ def test_an_optimizer_flag_is_refused_where_several_groups_have_the_setting(tmp_
     check_groups(["--optimizer.lr=1"], "debug/ntp_debug@cpu")
 
 
-def _start(*arguments, environment=None):
+def _start(*arguments):
     command = [sys.executable, "-m", "nitp_titan.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_the_first_screen_of_help_is_enough_to_start_and_names_the_rest(outside_
 
 
 def test_all_flags_are_listed_on_demand(outside_torchrun):
-    done = _start("--help-all")
+    done = warm_python("-m", "nitp_titan.train", "--help-all")
     assert done.returncode == 0
     for text in ("--nitp.target-layer", "--nitp.stop-gradient", "--float8.enable", "Weight lambda of the NITP loss"):
         assert text in done.stdout, text
@@ -182,7 +183,8 @@ def test_without_torchrun_it_says_how_to_start(outside_torchrun):
     ],
 )
 def test_a_mistake_on_the_command_line_is_said_without_a_traceback(tmp_path, arguments, message):
-    done = _start(*arguments, "--train-config", "cpu", "--dump_folder", str(tmp_path / "run"))
+    arguments = [*arguments, "--train-config", "cpu", "--dump_folder", str(tmp_path / "run")]
+    done = warm_python("-m", "nitp_titan.train", *arguments)
     assert done.returncode != 0
     # tyro draws a box around what flags get wrong.
     said = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import local, make_config, parameters, saved_run
+from processes import warm_ranks
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.components.optimizer import default_adamw, OptimizersContainer, ParamGroupConfig
@@ -83,7 +84,7 @@ def test_a_resume_before_at_and_after_the_start_step_is_bit_identical(late, tmp_
         assert all(torch.equal(value, late[last][name]) for name, value in seen[last].items()), last
 
 
-def test_two_ranks_leave_the_projector_alone_before_the_start_step_and_across_a_resume(torchrun, tmp_path):
+def test_two_ranks_leave_the_projector_alone_before_the_start_step_and_across_a_resume(assets, tmp_path):
     arguments = (
         *("-m", "nitp_titan.train", "--recipe", "debug/nitp_debug", "--nitp.weight", "20", "--nitp.start_step", "2"),
         *("--training.steps", "4", "--training.local_batch_size", "2", "--training.global_batch_size", "4"),
@@ -92,7 +93,7 @@ def test_two_ranks_leave_the_projector_alone_before_the_start_step_and_across_a_
     )
 
     def trained(run):
-        done = torchrun(2, *arguments, "--dump_folder", str(run))
+        done = warm_ranks(2, *arguments, "--dump_folder", str(run))
         assert done.returncode == 0, done.stderr[-3000:]
         return {step: _saved(run / f"checkpoint/step-{step}") for step in (1, 2, 3, 4)}
 
@@ -112,8 +113,8 @@ def test_two_ranks_leave_the_projector_alone_before_the_start_step_and_across_a_
 
 def _saved(step) -> dict[str, torch.Tensor]:
     """Weights and optimizer states of a checkpoint."""
-    metadata = FileSystemReader(step).read_metadata().state_dict_metadata
-    names = [name for name in metadata if name in Checkpoint(step).tensors or name.startswith("optimizer.state.")]
+    metadata, weights = FileSystemReader(step).read_metadata().state_dict_metadata, Checkpoint(step).tensors
+    names = [name for name in metadata if name in weights or name.startswith("optimizer.state.")]
     loaded = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
     safe_dcp.load(loaded, step, no_dist=True)
     return loaded

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import warm_python
 
 from nitp_titan.cli import catalog
 from nitp_titan.config import recipe
@@ -13,9 +14,12 @@ from nitp_titan.sizing import meta_check
 PROJECT = recipe.PROJECT
 
 
-def _tool(*arguments, **options):
-    command = [sys.executable, "scripts/recipe.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, **options)
+def _tool(*arguments, start=None):
+    """The command in a new process, or as ``start`` starts it."""
+    command = ["scripts/recipe.py", *arguments]
+    if start is not None:
+        return start(*command, cwd=PROJECT)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=PROJECT)
 
 
 def _check(pairs):
@@ -23,12 +27,12 @@ def _check(pairs):
     code = (
         "import json, sys\n"
         "from pathlib import Path\n"
-        "from nitp_titan import dry_run\n"
-        "pairs = [tuple(map(Path, pair)) for pair in json.load(sys.stdin)]\n"
+        "from nitp_titan.sizing import meta_check\n"
+        "pairs = [tuple(map(Path, pair)) for pair in json.loads(sys.argv[1])]\n"
         "print(json.dumps([*meta_check.check(pairs)]))\n"
     )
     names = json.dumps([[str(path) for path in pair] for pair in pairs])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, input=names)
+    done = warm_python("-c", code, names, cwd=PROJECT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -54,7 +58,7 @@ def test_show_merges_the_base_and_with_a_train_config_resolves_everything():
     shown = json.loads(_tool("show", "moe/nitp_9b_a1b", "--json").stdout)
     assert shown["nitp"] == {"weight": 0.8, "target_layer": 5}
     assert shown["training"]["steps"] == 39_339 and "local_batch_size" not in shown["training"]
-    resolved = json.loads(_tool("show", "moe/nitp_9b_a1b", "h100x64_ep", "--json").stdout)
+    resolved = json.loads(_tool("show", "moe/nitp_9b_a1b", "h100x64_ep", "--json", start=warm_python).stdout)
     assert resolved["training"]["local_batch_size"] == 4
     assert resolved["parallelism"]["expert_parallel_degree"] == 8
     assert resolved["nitp"]["projector_width"] == 4.0
@@ -83,7 +87,7 @@ def test_a_name_that_is_not_there_is_one_line(arguments, message):
 
 
 def test_check_counts_and_exits_non_zero_when_one_fails(tmp_path):
-    good = _tool("check", "moe/nitp_45b_a5.5b", "h100x128_pp", "--json")
+    good = _tool("check", "moe/nitp_45b_a5.5b", "h100x128_pp", "--json", start=warm_python)
     assert good.returncode == 0, good.stderr
     (result,) = json.loads(good.stdout)
     assert (result["ranks"], result["data_parallel_ranks"], result["accumulation_steps"]) == (128, 16, 3)
@@ -96,7 +100,7 @@ def test_check_counts_and_exits_non_zero_when_one_fails(tmp_path):
     (tmp_path / "odd.toml").write_text(text.replace("expert_parallel_degree = 8", "expert_parallel_degree = 32"))
     shown = catalog.report(result)
     assert "source      paper App. C, column MoE 45b-A5.5b (arXiv v1 only, dropped by the authors in v2)" in shown
-    bad = _tool("check", "moe/nitp_45b_a5.5b", str(tmp_path / "odd.toml"))
+    bad = _tool("check", "moe/nitp_45b_a5.5b", str(tmp_path / "odd.toml"), start=warm_python)
     assert bad.returncode == 1 and "0 of 1 checks passed" in bad.stdout
     assert "expert_parallel_degree = 32 does not divide the model's 144 experts" in bad.stdout
 

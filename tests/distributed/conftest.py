@@ -1,14 +1,16 @@
 """Trains the layouts that the collected tests ask for, one launch for each number of ranks."""
 
+import fcntl
 import json
 import math
+import os
 import shutil
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
-from processes import free_port, torchrun
+from processes import free_port, warm_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -62,6 +64,15 @@ class Figures:
         if ranks in self.trained:
             return
         self.trained.add(ranks)
+        # Files of tests may be on several processes of pytest-xdist, which share what the first one trains.
+        with (self.folder / f"{ranks}.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            if not lock.read():
+                self._train_all(ranks)
+                lock.write("trained")
+
+    def _train_all(self, ranks: int) -> None:
         names = [name for name, layout in self.layouts.items() if layout.ranks == ranks]
         if ranks == 1:
             names = [f"seeds/{model}" for model in sorted({layout.model for layout in self.layouts.values()})] + names
@@ -80,7 +91,7 @@ class Figures:
     def _launch(self, ranks: int, names: list[str]) -> str:
         ports = self.folder / f"{ranks}.json"
         ports.write_text(json.dumps({name: free_port() for name in names}))
-        done = torchrun(ranks, WORKER, str(self.folder), str(ports))
+        done = warm_ranks(ranks, WORKER, str(self.folder), str(ports))
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout + done.stderr
 
@@ -92,7 +103,10 @@ class Figures:
 
 @pytest.fixture(scope="session")
 def figures(request, assets, tmp_path_factory) -> Figures:
-    return Figures(tmp_path_factory.mktemp("layouts"), _requested(request.session.items))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "layouts"
+    folder.mkdir(exist_ok=True)
+    return Figures(folder, _requested(request.session.items))
 
 
 @pytest.fixture

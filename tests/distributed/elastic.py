@@ -1,6 +1,6 @@
-"""Worker under torchrun: runs that change their layout halfway, on two ranks and on one.
+"""Worker on each of two ranks: runs that change their layout halfway, on two ranks and on one.
 
-    torchrun --nproc_per_node 2 tests/distributed/elastic.py FOLDER RUNS.json
+    tests/distributed/elastic.py FOLDER RUNS.json
 
 RUNS.json lists the parts of runs in order: ``name`` of the run, ``model``, ``steps`` up to which it trains,
 (0: only a seed checkpoint is made), ``layout`` (degrees, or null for rank 0 alone) and the free ``port`` of its process

@@ -1,6 +1,6 @@
-"""Worker under torchrun: starts runs from Hugging Face models on two ranks, takes a step and saves a checkpoint.
+"""Worker on each of two ranks: starts runs from Hugging Face models on two ranks, takes a step and saves a checkpoint.
 
-    torchrun --nproc_per_node 2 tests/distributed/from_hf.py FOLDER PORTS.json
+    tests/distributed/from_hf.py FOLDER PORTS.json
 
 PORTS.json holds ``{name: free port}`` of `STARTS`; ``FOLDER/<name>/hf`` is the model.
 """

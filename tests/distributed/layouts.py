@@ -1,6 +1,6 @@
-"""Worker under torchrun: trains layouts of `matrix.LAYOUTS` from seed checkpoints and writes their figures as JSON.
+"""Worker on each rank: trains layouts of `matrix.LAYOUTS` from seed checkpoints and writes their figures as JSON.
 
-    torchrun --nproc_per_node N tests/distributed/layouts.py FOLDER PORTS.json
+    tests/distributed/layouts.py FOLDER PORTS.json
 
 PORTS.json holds ``{name: free port}``; a name is that of a layout, or ``seeds/<model>`` for the seed checkpoint.
 """
@@ -26,6 +26,7 @@ from matrix import Layout, LAYOUTS
 from nitp_titan.config import schedules
 from nitp_titan.objectives import nitp, parallelize
 from nitp_titan.runs import preflight
+from nitp_titan.training.trainer import NITPTrainer
 
 
 def _without_halo(z_chunks, position_chunks, group):
@@ -85,7 +86,7 @@ def run_layout(folder: Path, layout: Layout) -> dict:
     return figures
 
 
-def linear_types(run: trainer.NITPTrainer) -> dict[str, str]:
+def linear_types(run: NITPTrainer) -> dict[str, str]:
     """Class of every linear layer on this rank, by name."""
     modules = [item for part in run.model_parts for item in part.named_modules()]
     return {name: type(module).__name__ for name, module in modules if isinstance(module, torch.nn.Linear)}

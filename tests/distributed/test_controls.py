@@ -83,7 +83,7 @@ def test_a_layout_that_lost_a_process_is_trained_once_more_and_no_more(figures, 
         return subprocess.CompletedProcess([], 0, "", "Fatal Python error")
 
     # Not by the module's name: several folders have a conftest.
-    monkeypatch.setitem(type(figures)._launch.__globals__, "torchrun", launch)
+    monkeypatch.setitem(type(figures)._launch.__globals__, "warm_ranks", launch)
     ours = type(figures)(tmp_path, {name: LAYOUTS[name]})
     with pytest.warns(UserWarning, match="SIGSEGV(.|\n)*Fatal Python error"):
         if times == 1:

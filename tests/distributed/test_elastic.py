@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from processes import free_port, torchrun
+from processes import free_port, warm_ranks
 
 from nitp_titan.step_files import read_records
 
@@ -46,7 +46,7 @@ def folder(assets, tmp_path_factory) -> Path:
     rows = [json.loads(line) for line in (assets / "validation.jsonl").read_text().splitlines()[:5]]
     short = [{"text": row["text"][: 400 * (index + 1)]} for index, row in enumerate(rows)]
     (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
-    result = torchrun(2, "tests/distributed/elastic.py", str(folder), str(folder / "runs.json"))
+    result = warm_ranks(2, "tests/distributed/elastic.py", str(folder), str(folder / "runs.json"))
     errors = [path.read_text() for path in folder.glob("**/*.error")]
     assert result.returncode == 0 and not errors, "\n".join([*errors, result.stderr[-3000:]])
     return folder

@@ -7,7 +7,7 @@ import pytest
 import torch
 from from_hf import start, STARTS
 from helpers import export_of, saved_run, with_expert_bias, without_expert_bias
-from processes import free_port
+from processes import free_port, warm_ranks
 from safetensors.torch import load_file
 
 from nitp_titan.models.settings import ModelConfig
@@ -15,7 +15,7 @@ from nitp_titan.step_files import read_records
 
 
 @pytest.fixture(scope="module")
-def started(torchrun, tmp_path_factory):
+def started(assets, tmp_path_factory):
     """Folder with, for each of `STARTS`, a model ``hf`` and the runs ``1`` and ``2`` that start from it."""
     folder = tmp_path_factory.mktemp("from_hf")
     for model in STARTS:
@@ -27,7 +27,7 @@ def started(torchrun, tmp_path_factory):
         start(folder, model, 1)
     ports = folder / "ports.json"
     ports.write_text(json.dumps({model: free_port() for model in STARTS}))
-    done = torchrun(2, "tests/distributed/from_hf.py", str(folder), str(ports))
+    done = warm_ranks(2, "tests/distributed/from_hf.py", str(folder), str(ports))
     assert done.returncode == 0, done.stderr[-4000:]
     errors = [path.read_text()[-3000:] for path in folder.rglob("*.error")]
     assert not errors, errors[0]

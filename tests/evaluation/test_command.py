@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hf_models import load, log_probs, nats_by_document
+from processes import warm_python
 from torch.testing import assert_close
 
 from nitp_titan.errors import UserError
@@ -21,16 +22,23 @@ LIMIT = 20
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def _command(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/evaluate.py", "--model", f"NTP={folder}/ntp", f"NITP={folder}/nitp"]
+# What the command imports, and takes seconds.
+IMPORTS = ("transformers", "lm_eval", "lm_eval.models.huggingface")
+
+
+def _command(folder: Path, *, warm: bool = True) -> subprocess.CompletedProcess:
+    command = ["scripts/evaluate.py", "--model", f"NTP={folder}/ntp", f"NITP={folder}/nitp"]
     command += ["--suite", "local", "--local-suite", f"{folder}/suite", "--limit", str(LIMIT), "--out", f"{folder}/out"]
     command += ["--text", f"{folder}/text.jsonl", "--seq-len", "128"]
-    return subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True)
+    environment = os.environ | ONE_THREAD
+    if warm:
+        return warm_python(*command, env=environment, preload=IMPORTS)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def launch(workplace):
-    done = _command(workplace)
+    done = _command(workplace, warm=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -239,10 +247,8 @@ def test_a_run_in_which_nothing_ran_says_why(workplace, tmp_path):
     model = shutil.copytree(workplace / "ntp", tmp_path / "ntp")
     (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     text = workplace / "text.jsonl"
-    command = [sys.executable, "scripts/evaluate.py", "--model", str(model), "--text", str(text)]
-    done = subprocess.run(
-        [*command, "--out", f"{tmp_path}/out"], env=os.environ | ONE_THREAD, capture_output=True, text=True
-    )
+    command = ["scripts/evaluate.py", "--model", str(model), "--text", str(text), "--out", f"{tmp_path}/out"]
+    done = warm_python(*command, env=os.environ | ONE_THREAD, preload=IMPORTS)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert (

@@ -14,6 +14,7 @@ from probe_models import (
     make,
     SIZES,
 )
+from processes import warm_python
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -224,8 +225,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused(saved, text, tmp_path):
 
 
 def test_the_script_says_a_mistake_in_one_line_and_writes_nothing(saved, text, tmp_path):
-    command = [sys.executable, "scripts/geometry.py", "--model", str(saved["gpt2"]), "--text", str(text)]
+    command = ["scripts/geometry.py", "--model", str(saved["gpt2"]), "--text", str(text)]
     command += ["--text-field", "texd", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm_python(*command, preload=("transformers",))
     assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "out").exists()
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from exported import export, load
 from helpers import export_of
-from processes import PROJECT
+from processes import PROJECT, warm_python
 from safetensors.torch import load_file
 
 from nitp_titan.export.export import MAX_SHARD_SIZE
@@ -117,7 +117,7 @@ def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path)
     assert "LlamaForCausalLM, float32" in done.stdout and "without 3 tensors of the projector" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()}
-    again = subprocess.run([*command, "--max-shard-size", "1MB"], capture_output=True, text=True)
+    again = warm_python(*command[1:], "--max-shard-size", "1MB")
     assert again.returncode == 0 and "this export is there already" in again.stdout, again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()} == written
     for option, message in {
@@ -126,7 +126,7 @@ def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path)
         f"--out={tmp_path}/new --max-shard-size=1e400GB": "--max-shard-size = '1e400GB'",
         f"--out={tmp_path}/new --checkpoint={tmp_path}/hf": "last_save_in_hf",
     }.items():
-        refused = subprocess.run([*command, *option.split()], capture_output=True, text=True)
+        refused = warm_python(*command[1:], *option.split())
         assert refused.returncode != 0
         assert message in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

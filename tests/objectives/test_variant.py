@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_config, train
-from processes import PROJECT
+from processes import PROJECT, warm_python, warm_ranks
 from torchtitan.models import deepseek_v3, kimi_k2_7, llama3, muse_glimmer
 from torchtitan.models.llama3 import Llama3Model
 from transformers import AutoConfig
@@ -174,7 +172,8 @@ def test_the_package_of_the_readme_trains_from_a_folder_of_its_own(torchrun, tmp
     losses = {}
     for arm in ("ntp", "nitp"):
         run = tmp_path / "runs" / arm
-        done = torchrun(
+        # The command of the README, then as one that has the same imports.
+        done = (torchrun if arm == "ntp" else warm_ranks)(
             1,
             "-m",
             "nitp_titan.train",
@@ -191,9 +190,8 @@ def test_the_package_of_the_readme_trains_from_a_folder_of_its_own(torchrun, tmp
     # The angle between random directions is a quarter turn.
     assert losses["nitp"][0]["nitp_loss"] == pytest.approx(0.5, abs=0.02)
     assert "nitp_loss" not in losses["ntp"][0]
-    command = [sys.executable, "scripts/export_hf.py", "--checkpoint", str(tmp_path / "runs/nitp")]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([*command, "--out", str(tmp_path / "hf")], capture_output=True, text=True, env=environment)
+    command = ["scripts/export_hf.py", "--checkpoint", str(tmp_path / "runs/nitp"), "--out", str(tmp_path / "hf")]
+    done = warm_python(*command, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert AutoConfig.from_pretrained(tmp_path / "hf").intermediate_size == 384
     assert sum(len(Path(tmp_path / name).read_text().splitlines()) for name in files) < 60

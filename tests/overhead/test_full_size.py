@@ -1,16 +1,13 @@
 """NITP's cost on the paper's models at full size, counted on fake tensors and by hand from the paper's tables."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from overhead import counted
 from overhead.full_size import Case, count_all, paper_formula
-from processes import PROJECT
+from processes import warm_python
 from torchtitan.models.common import RMSNorm
 
 from nitp_titan.config import recipe
@@ -58,10 +55,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def figures():
     """Of NTP and NITP by name of the case; in a process of its own, as this one may have a process group."""
-    path = {"PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run(
-        [sys.executable, "-c", _ALL, json.dumps(CASES)], capture_output=True, text=True, env={**os.environ, **path}
-    )
+    run = warm_python("-c", _ALL, json.dumps(CASES))
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from matplotlib import pyplot
+from processes import warm_python
 from report_runs import three_phases, write_run
 from study.report import MECHANISMS
 
@@ -430,11 +431,11 @@ def test_the_compare_script_writes_the_report_and_refuses_what_is_no_run(seeds, 
     done = subprocess.run([*command, str(seeds / "ntp"), str(seeds / "nitp")], capture_output=True, text=True)
     assert done.returncode == 0 and "| ntp_debug | 3 | 51,200 |" in done.stdout, done.stderr
     assert (seeds / "out/index.html").exists()
-    failed = subprocess.run([*command, str(seeds / "nowhere")], capture_output=True, text=True)
+    failed = warm_python(*command[1:], str(seeds / "nowhere"))
     assert failed.returncode == 1
     assert failed.stderr == f"error: there is no run to compare. {seeds / 'nowhere'} does not exist.\n"
     (seeds / "file").write_text("")
-    failed = subprocess.run([*command[:3], str(seeds / "file"), str(seeds / "ntp")], capture_output=True, text=True)
+    failed = warm_python(*command[1:3], str(seeds / "file"), str(seeds / "ntp"))
     assert failed.returncode == 1 and failed.stderr.startswith("error: --out ") and failed.stderr.count("\n") == 1
 
 

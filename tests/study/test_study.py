@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+from processes import warm_python
 from report_runs import three_phases, write_run
 from study.report import MECHANISMS, mechanisms_table, read_study
 
@@ -127,11 +126,11 @@ def test_a_run_that_fails_says_why(tmp_path, assets):
 
 
 def test_the_script_names_wrong_arguments(project_folder, tmp_path):
-    command = [sys.executable, "scripts/study", "--out", str(tmp_path)]
+    command = ["scripts/study", "--out", str(tmp_path)]
     for arguments, message in (
         (["--arm", "nitpp"], "error: --arm nitpp: there is no such recipe in recipes/study. Did you mean 'nitp'?\n"),
         (["--parallel", "0"], f"error: --parallel 0: 1 to {len(os.sched_getaffinity(0))}, the number of cores.\n"),
         (["--report"], f"error: {tmp_path} holds no runs of the study yet.\n"),
     ):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        done = warm_python(*command, *arguments)
         assert (done.returncode, done.stderr) == (1, message)

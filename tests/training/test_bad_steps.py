@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import make_config, parameters
+from processes import warm_ranks
 from torch import nn
 
 from nitp_titan.errors import UserError
@@ -333,7 +334,7 @@ def test_float8_with_zero_and_huge_hidden_states_trains_or_is_stopped(assets, tm
     assert records[1]["nitp_loss"] == pytest.approx(1.0, rel=1e-6) or factor
 
 
-def test_two_ranks_stop_at_once_and_name_the_bad_one(torchrun, tmp_path):
+def test_two_ranks_stop_at_once_and_name_the_bad_one(assets, tmp_path):
     (tmp_path / "bad_loss.py").write_text(
         "import os\nfrom nitp_titan.objectives.distances import cosine_loss\ncalls = 0\n\n\n"
         "def distance(prediction, target):\n"
@@ -345,7 +346,7 @@ def test_two_ranks_stop_at_once_and_name_the_bad_one(torchrun, tmp_path):
         "    return cosine_loss(prediction, target) * (float('nan') if bad else 1.0)\n"
     )
     start = time.monotonic()
-    done = torchrun(
+    done = warm_ranks(
         2,
         "-m",
         "nitp_titan.train",
