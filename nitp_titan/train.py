@@ -17,12 +17,13 @@ import textwrap
 from functools import wraps
 
 from nitp_titan.config import recipe
-from nitp_titan.config.constraints import OPTIMIZER_CONSTRAINTS
+from nitp_titan.config.recipe import RECIPE_KEYS
 from nitp_titan.errors import UserError
 from nitp_titan.machine import exits, quiet
 from nitp_titan.machine.exits import KEPT_OF_TRAINING
 from nitp_titan.objectives.settings import NITPConfig
 
+_OPTIMIZER_KEYS = RECIPE_KEYS["optimizer"] - {"param_groups"}
 # [optimizer] lr of a recipe is this flag of TorchTitan.
 _OPTIMIZER_FLAG = re.compile(r"--optimizer\.([\w-]+)(?=$|=)")
 _TITAN_FLAG = "--optimizer.param-groups.0.optimizer-kwargs."
@@ -114,7 +115,7 @@ def titan_arguments(argv: list[str]) -> list[str]:
 
 def _titan_flag(flag: re.Match) -> str:
     name = flag[1].replace("-", "_")
-    return f"{_TITAN_FLAG}{name}" if name in OPTIMIZER_CONSTRAINTS else flag[0]
+    return f"{_TITAN_FLAG}{name}" if name in _OPTIMIZER_KEYS else flag[0]
 
 
 def _located(error: UserError, arguments: list[str]) -> UserError:

@@ -39,7 +39,7 @@ gc.callbacks.clear()
 counts = {"searches": len(searches), "enabled": gc.isenabled(), "frozen": gc.get_freeze_count()}
 import torchtitan.models.llama3.config_registry
 theirs = packages()
-import nitp_titan.schema
+import nitp_titan.training.trainer
 print(json.dumps({**counts, "before": sorted(before), "added": sorted(packages() - theirs), "all": sorted(packages())}))
 """
 

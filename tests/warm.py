@@ -18,7 +18,12 @@ import time
 from pathlib import Path
 
 # What most commands import, and takes seconds.
-COMMON = ["nitp_titan.training.trainer", "torchtitan.train", "nitp_titan.config_registry", "torch.distributed.checkpoint"]
+COMMON = [
+    "nitp_titan.training.trainer",
+    "torchtitan.train",
+    "nitp_titan.config_registry",
+    "torch.distributed.checkpoint",
+]
 GRACE = 30
 """Seconds between SIGTERM and SIGKILL for what is left of a failed launch, as under torchrun."""
 

@@ -135,8 +135,9 @@ def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path)
 _MEASURED = """
 import sys, threading
 from pathlib import Path
-from nitp_titan.checkpoint.saved import Checkpoint
-from nitp_titan.hf.export import Export
+from nitp_titan.checkpoint.stored import Checkpoint
+from nitp_titan.export.export import Export
+from nitp_titan.training.trainer import load_config
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -148,7 +149,7 @@ def watch():
 
 run, out = map(Path, sys.argv[1:])
 for size in ("10MB", "500MB"):
-    export = export_of(run, max_shard_size=size)
+    export = Export(Checkpoint(run), load_config(run / "resolved.toml", None), max_shard_size=size)
     before, peak, done = resident(), 0, threading.Event()
     watcher = threading.Thread(target=watch)
     watcher.start()

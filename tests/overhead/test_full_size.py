@@ -22,8 +22,9 @@ FLOPS_BAR, MEMORY_BAR = 0.001, 0.02
 
 _ALL = """
 import json, sys
-from nitp_titan.overhead.full_size import Case, count_all
-from nitp_titan.overhead.trace import as_rows
+sys.path.insert(0, "scripts")
+from nitp_titan.sizing.trace import as_rows
+from overhead.full_size import Case, count_all
 
 cases = {name: [Case(arm=arm, **case) for arm in ("NTP", "NITP")] for name, case in json.loads(sys.argv[1]).items()}
 results = count_all([case for pair in cases.values() for case in pair], say=lambda line: None)
