@@ -191,7 +191,7 @@ class NITPDecoder:
     """Shown the output of every layer; set by the trainer where layers are measured."""
 
     def forward(self, tokens, z_BLD=None, positions=None, attention_masks=None):
-        # Decoder.forward with the capture; tests/test_nitp.py fails when upstream's changes.
+        # Decoder.forward with the capture; tests/test_upstream.py fails when upstream's changes.
         settings = self.config.nitp
         h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
         if settings.target_layer == 0 and self.tok_embeddings is not None:
