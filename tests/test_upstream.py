@@ -28,10 +28,10 @@ from torchtitan.components.metrics import _get_metrics_rank
 from torchtitan.distributed.pipeline_parallel import _get_pp_rank_to_stage_indices_mapping
 from torchtitan.trainer import Trainer
 
-from nitp_titan import cpu
-from nitp_titan.config import ModelConfig
+from nitp_titan.config.constraints import CONSTRAINTS
+from nitp_titan.machine import cpu
 from nitp_titan.models import build_model_spec
-from nitp_titan.ranges import RANGES
+from nitp_titan.models.settings import ModelConfig
 
 
 class Part(NamedTuple):
@@ -610,7 +610,12 @@ def set_on_self(cls: type) -> frozenset[str]:
 # What the source of this project reaches for.
 
 _HERE = sorted({*PROJECT.glob("nitp_titan/**/*.py"), *PROJECT.glob("scripts/**/*.py")})
-_NO_UPSTREAM = {"nitp_titan", *sys.stdlib_module_names, *(path.stem for path in PROJECT.glob("scripts/**/*"))}
+_NO_UPSTREAM = {
+    "nitp_titan",
+    "scripts",
+    *sys.stdlib_module_names,
+    *(path.stem for path in PROJECT.glob("scripts/**/*")),
+}
 # Classes whose methods are there to be overridden.
 _OPEN = ("torch.nn.", "torch.autograd.", "torch.overrides.", "torch.utils.")
 _VARIABLE = re.compile(r"(TORCHELASTIC|TORCH|TITAN|WANDB_RUN)_[A-Z_]+|NGPU")
@@ -863,7 +868,9 @@ def test_lists_of_schedules_are_those_of_torch():
     wrong += [f"nothing here lists the {group}" for group, names in groups.items() if names not in lists.values()]
     if wrong:
         of_torch = "; ".join(f"{group}: {sorted(names)}" for group, names in groups.items())
-        where = "A split backward pass needs keep_unsharded, and validation is refused under V-shaped schedules"
+        where = (
+            "A split backward pass needs reshard_lm_head = False, and validation is refused under V-shaped schedules"
+        )
         pytest.fail(f"{'; '.join(wrong)}.\nIn torch they are {of_torch}.\n{where}.", pytrace=False)
 
 
@@ -872,7 +879,7 @@ def _texts(node: ast.Tuple | ast.List | ast.Set) -> set[str]:
 
 
 def test_every_schedule_of_torch_may_be_named():
-    allowed = RANGES["parallelism"]["pipeline_parallel_schedule"]
+    allowed = CONSTRAINTS["parallelism"]["pipeline_parallel_schedule"]
     assert [name for name in known_schedules() if not allowed.holds(name)] == []
 
 

@@ -12,7 +12,7 @@ BASE_SCHEDULES = ("PipelineScheduleSingle", "PipelineScheduleMulti", "_PipelineS
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 """First and last stage are on one rank."""
 
-SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 """Gradients of inputs and of weights are computed apart."""
 
 

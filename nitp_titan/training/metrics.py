@@ -21,7 +21,6 @@ from torchtitan.components.metrics import (
 )
 from torchtitan.tools.logging import logger
 
-from nitp_titan.config.schedules import V_SHAPED
 from nitp_titan.geometry.tracker import GeometryTracker
 from nitp_titan.objectives.sites import HIDDEN
 from nitp_titan.progress import time_left
@@ -73,8 +72,8 @@ class NITPMetrics(MetricsProcessor):
             if config.enable_wandb and value is not None:
                 # The only way to TorchTitan's logger.
                 os.environ.setdefault(variable, value)
-        if kwargs.get("pp_schedule") in V_SHAPED:
-            # The last stage is on rank 0 too, which TorchTitan knows of one V-shaped schedule only.
+        if kwargs.get("pp_schedule") == "DualPipeV":
+            # Its last stage is on rank 0 too, which TorchTitan knows of the other V-shaped schedule only.
             kwargs["pp_schedule"] = "ZBVZeroBubble"
         super().__init__(config, dump_folder=dump_folder, parallel_dims=parallel_dims, **kwargs)
         self.last_step = kwargs["config_dict"]["training"]["steps"]

@@ -16,24 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torchtitan.components.loss import ChunkedLossWrapper
-from torchtitan.distributed import ParallelDims
 
 from nitp_titan.report.stats import bootstrap_interval
 from nitp_titan.sizing import trace
 from nitp_titan.training.trainer import NITPTrainer
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
-
-
-class ArmTrainer(NITPTrainer):
-    """A trainer beside others of the same process, on one rank: TorchTitan's sharded meshes are globals."""
-
-    def init_distributed(self) -> ParallelDims:
-        """As `NITPTrainer.init_distributed`, in the process group of the first trainer if there is one."""
-        if not dist.is_initialized():
-            return super().init_distributed()
-        self._agree()
-        return ParallelDims.from_config(self.config.parallelism, dist.get_world_size())
 
 
 def measure(
@@ -74,12 +62,12 @@ def peak_bytes(configs: dict[str, NITPTrainer.Config]) -> dict[str, int]:
 @contextmanager
 def _trainers(
     configs: dict[str, NITPTrainer.Config], num_steps: int, say: Callable[[str], None]
-) -> Iterator[dict[str, ArmTrainer]]:
+) -> Iterator[dict[str, NITPTrainer]]:
     with tempfile.TemporaryDirectory() as scratch:
         trainers = {}
         for name, config in configs.items():
             say(f"building {name}")
-            trainers[name] = ArmTrainer(_for_timing(config, f"{scratch}/{name}", num_steps))
+            trainers[name] = _for_timing(config, f"{scratch}/{name}", num_steps).build()
             # The first step is logged, whatever the interval.
             trainers[name].step = 1
         yield trainers
@@ -98,7 +86,7 @@ def _for_timing(config: NITPTrainer.Config, folder: str, num_steps: int) -> NITP
 
 
 def step_times(
-    trainers: dict[str, ArmTrainer],
+    trainers: dict[str, NITPTrainer],
     *,
     num_rounds: int,
     num_warmup: int,
@@ -125,11 +113,11 @@ def step_times(
     return times
 
 
-def _next_step(trainer: ArmTrainer, batches) -> list[Batch]:
+def _next_step(trainer: NITPTrainer, batches) -> list[Batch]:
     return list(islice(batches, trainer.gradient_accumulation_steps * trainer.num_pipeline_parallel_microbatches))
 
 
-def _step_time(trainer: ArmTrainer, batches: list[Batch]) -> float:
+def _step_time(trainer: NITPTrainer, batches: list[Batch]) -> float:
     trainer.step += 1
     _wait(trainer.device)
     start = time.perf_counter()
@@ -157,7 +145,7 @@ class _Traced:
     """Peak of the bytes alive above what was there before forward and backward: activations and transients."""
 
 
-def _traced(trainer: ArmTrainer) -> _Traced:
+def _traced(trainer: NITPTrainer) -> _Traced:
     batches = trainer.batch_generator(trainer.dataloader)
     one = _next_step(trainer, batches)
     for part in trainer.model_parts:
@@ -173,7 +161,7 @@ def _traced(trainer: ArmTrainer) -> _Traced:
     return _Traced(trace.trace(lambda: trainer.train_step(iter(_own(one)))), passes.peak_bytes)
 
 
-def _device_peak(trainer: ArmTrainer, batches: list[Batch]) -> int:
+def _device_peak(trainer: NITPTrainer, batches: list[Batch]) -> int:
     """From the allocator, over a whole step."""
     _wait(trainer.device)
     before = torch.accelerator.memory_allocated(trainer.device)
@@ -186,7 +174,7 @@ def _device_peak(trainer: ArmTrainer, batches: list[Batch]) -> int:
 
 def _figures(
     name: str,
-    trainer: ArmTrainer,
+    trainer: NITPTrainer,
     times: dict[str, list[float]],
     costs: dict[str, _Traced],
     *,
