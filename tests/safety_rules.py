@@ -4,10 +4,10 @@ import ast
 from pathlib import Path
 
 # The one file that reads pickles, with what it may take from the module.
-_PICKLES = {"dcp_files.py": {"pickle.Unpickler", "pickle.UnpicklingError"}}
+_PICKLES = {"safe_dcp.py": {"pickle.Unpickler", "pickle.UnpicklingError"}}
 _PICKLE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 _RUNS_TEXT = {"eval", "exec", "compile", "os.system", "os.popen", "os.execvp", "runpy.run_path", "runpy.run_module"}
-# torch's readers of checkpoints; `dcp_files.load` is the one of this project.
+# torch's readers of checkpoints; `safe_dcp.load` is the one of this project.
 _READERS = {"dcp.load", "dcp.FileSystemReader", "FileSystemReader", "FsspecReader", "DefaultLoadPlanner"}
 
 

@@ -47,18 +47,18 @@ def project(assets, tmp_path_factory):
 
 @pytest.fixture
 def entry(project, monkeypatch):
-    """Runs the entry point in the project folder up to where TorchTitan's trainer would be built."""
+    """Runs the entry point in the project folder up to where the process group would be made."""
     import torchtitan.train
     import tyro
     from torchtitan.components.quantization import Float8LinearConverter
     from torchtitan.config import manager
     from torchtitan.observability.structured_logger import structured_logging
-    from torchtitan.trainer import Trainer
 
     from nitp_titan import train
     from nitp_titan.machine import cpu
+    from nitp_titan.runs import preflight
 
-    def build(self, config):
+    def accept(config):
         raise Accepted
 
     def run(*arguments: str, num_ranks: int = 1) -> tuple[str, str]:
@@ -78,7 +78,7 @@ def entry(project, monkeypatch):
         return "ended", written.getvalue()
 
     monkeypatch.chdir(project)
-    monkeypatch.setattr(Trainer, "__init__", build)
+    monkeypatch.setattr(preflight, "_join_process_group", accept)
     # Train configs for GPUs and full disks are read here too.
     monkeypatch.setattr(cpu, "prepare", lambda config: config)
     monkeypatch.setattr(

@@ -3,7 +3,8 @@
 import pytest
 from outcome import is_one_line
 
-from nitp_titan.training.trainer import NITPTrainer
+from nitp_titan.runs.preflight import preflight
+from nitp_titan.training import trainer
 
 
 @pytest.fixture
@@ -11,12 +12,11 @@ def start(entry, machine, monkeypatch):
     """The entry point with flags: how it ends, and the config that it would train."""
     configs = []
 
-    def remember(self, config):
+    def remember(config):
         configs.append(config)
-        built(self, config)
+        return preflight(config)
 
-    built = NITPTrainer.__init__
-    monkeypatch.setattr(NITPTrainer, "__init__", remember)
+    monkeypatch.setattr(trainer, "preflight", remember)
 
     def run(*flags):
         end, _ = entry("--recipe", "debug/nitp_debug", "--train-config", machine(), *flags)

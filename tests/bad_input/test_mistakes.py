@@ -24,7 +24,7 @@ def partner(file: str) -> tuple[str, str, int]:
     folder, _, name = file.removesuffix(".toml").partition("/")
     for train_config in recipe.available("train_configs"):
         machine = recipe.read_toml(PROJECT / f"train_configs/{train_config}.toml")["machine"]
-        fitting = [name for pattern in machine["recipes"] for name in fnmatch.filter(RECIPES, pattern)]
+        fitting = [name for pattern in machine["intended_recipes"] for name in fnmatch.filter(RECIPES, pattern)]
         if folder == "train_configs" and name == train_config:
             return f"recipes/{fitting[0]}.toml", file, machine["num_ranks"]
         if folder == "recipes" and name in fitting:

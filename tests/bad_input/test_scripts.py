@@ -31,9 +31,9 @@ SCRIPTS = [
     ("compare.py", "nowhere", "--out", "out", "nowhere"),
     ("compare.py", "empty", "--out", "out", "empty"),
     ("compare.py", "empty", "--out", "bad.toml/x", ""),
-    ("study.py", "--arm", "nipt", "Did you mean 'nitp'?"),
-    ("study.py", "--report", "--out", "nowhere", "nowhere"),
-    ("study.py", "--parallel", "0", "--parallel 0: 1 to"),
+    ("study", "--arm", "nipt", "Did you mean 'nitp'?"),
+    ("study", "--report", "--out", "nowhere", "nowhere"),
+    ("study", "--parallel", "0", "--parallel 0: 1 to"),
     ("prepare_local_suite.py", "--text", "nowhere.jsonl", "nowhere.jsonl"),
     ("download_assets.py", "qwne2", "Did you mean 'qwen2'?"),
 ]

@@ -254,7 +254,7 @@ def test_another_way_from_an_earlier_step_keeps_its_own_checkpoints(copy):
     assert Checkpoint(copy).folder == copy / "checkpoint/step-3"
     trainer = _resumed(copy, resume=False)
     trainer.close()
-    assert trainer.start.from_step == 3
+    assert trainer.plan.resume.from_step == 3
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])

@@ -325,8 +325,8 @@ def test_three_seeds_say_what_is_shown_and_what_is_not(seeds):
     (first, *_) = Report(arms_of(seeds / "ntp", seeds / "nitp")).sentences()
     assert first == (
         "nitp_debug against ntp_debug, 3 seeds: the data show a difference in validation NTP loss -0.2000 (-0.3000 to "
-        "-0.1000) at step 100; validation effective rank +0.2 (+0.1 to +0.3) at step 100, and they show none in probe "
-        "cosine +0.000 (+0.000 to +0.000) at step 100."
+        "-0.1000) at step 100; validation effective rank +0.2 (+0.1 to +0.3) at step 100, and they show none in "
+        "validation cosine +0.000 (+0.000 to +0.000) at step 100."
     )
 
 
