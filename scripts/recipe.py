@@ -76,7 +76,7 @@ def table(arguments: argparse.Namespace) -> None:
     from nitp_titan.sizing import meta_check
 
     path = recipe.PROJECT / "recipes/README.md"
-    path.write_text(catalog.readme(meta_check.counts_of), encoding="utf-8")
+    path.write_text(catalog.readme(path.read_text(encoding="utf-8"), meta_check.counts_of), encoding="utf-8")
     print(json.dumps({"written": str(path)}) if arguments.json else f"wrote {path}")
 
 

@@ -12,6 +12,7 @@ from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 
 from nitp_titan.errors import UserError
 from nitp_titan.machine.cpu import DENSE_ATTENTION
+from nitp_titan.objectives.objective import local
 from nitp_titan.step_files import read_records
 
 # TorchTitan's CUDA graphs are captured after warm-up steps; these go on beyond them.
@@ -31,9 +32,16 @@ def _config(folder, model="nitp_debug", **sections):
     return make_config(folder, recipe=f"debug/{model}", train_config="gpu", **sections)
 
 
-def _train(folder, **sections) -> tuple[list[dict], list[dict]]:
-    """Records and float64 gradient norms of every step."""
+def _train(folder, *, start=None, **sections) -> tuple[list[dict], list[dict], dict[str, torch.Tensor]]:
+    """Records and float64 gradient norms of every step, and the weights before the first.
+
+    Args:
+        start: weights to begin with, where the seed draws others: CPU and GPU do not draw the same numbers.
+    """
     trainer = _config(folder, **sections).build()
+    if start is not None:
+        _set_weights(trainer, start)
+    start = parameters(trainer)
     batches = trainer.batch_generator(trainer.dataloader)
     norms = []
     for step in range(1, STEPS + 1):
@@ -41,14 +49,22 @@ def _train(folder, **sections) -> tuple[list[dict], list[dict]]:
         trainer.train_step(batches)
         norms.append(gradient_norms(trainer))
     trainer.close()
-    return read_records(folder / "metrics.jsonl"), norms
+    return read_records(folder / "metrics.jsonl"), norms, start
 
 
-def _check_close(ours, expected, *, loss: float, gradient: float) -> None:
+@torch.no_grad()
+def _set_weights(trainer, weights) -> None:
+    for part in trainer.model_parts:
+        for name, weight in part.named_parameters():
+            local(weight).copy_(weights[name])
+
+
+def _check_close(ours, expected, *, loss: float, gradient: float, gradient_steps: int = STEPS) -> None:
+    """Differences of rounding grow from step to step: coarse numbers have their gradients compared in the first."""
     for record, other in zip(ours[0], expected[0], strict=True):
         for key in ("ntp_loss", "nitp_loss"):
             assert record[key] == pytest.approx(other[key], abs=loss), (record["step"], key)
-    for norms, other in zip(ours[1], expected[1], strict=True):
+    for norms, other in list(zip(ours[1], expected[1], strict=True))[:gradient_steps]:
         for group in ("projector", "rest"):
             assert norms[group] == pytest.approx(other[group], rel=gradient), group
 
@@ -106,13 +122,15 @@ def test_memory_budget_checkpointing_agrees_with_eager(eager, tmp_path):
 
 @pytest.mark.technique("CPU offload (GPU)", "dense", "1 GPU")
 def test_cpu_offload_agrees_with_eager(eager, tmp_path):
-    _check_close(_train(tmp_path, training={"enable_cpu_offload": True}), eager, loss=1e-3, gradient=1e-2)
+    # Offloaded weights are initialised on the CPU.
+    offloaded = _train(tmp_path, start=eager[2], training={"enable_cpu_offload": True})
+    _check_close(offloaded, eager, loss=1e-3, gradient=1e-2)
 
 
 @pytest.mark.technique("bfloat16 mixed precision", "dense", "1 GPU")
 def test_bfloat16_is_near_float32(eager, tmp_path):
     bfloat16 = _train(tmp_path, training={"mixed_precision_param": "bfloat16"})
-    _check_close(bfloat16, eager, loss=2e-2, gradient=5e-2)
+    _check_close(bfloat16, eager, loss=2e-2, gradient=2e-2, gradient_steps=4)
 
 
 @pytest.mark.technique("float8 (GPU)", "dense", "1 GPU")
@@ -122,7 +140,8 @@ def test_float8_in_hardware_is_near_float32(eager, tmp_path):
     # Rowwise scaling wants dimensions that are multiples of 16, and bfloat16 around it.
     float8 = {"enable": True}
     training = {"mixed_precision_param": "bfloat16"}
-    _check_close(_train(tmp_path, float8=float8, training=training, **COMPILED), eager, loss=5e-2, gradient=2e-1)
+    hardware = _train(tmp_path, float8=float8, training=training, **COMPILED)
+    _check_close(hardware, eager, loss=5e-2, gradient=5e-2, gradient_steps=4)
 
 
 @pytest.mark.technique("no host synchronisation (GPU)", "dense", "1 GPU")

@@ -67,7 +67,7 @@ class Settings:
         top, _, nested = (table or "").partition(".")
         if nested:
             return self.location(top, nested.partition(".")[0])
-        if (table, key) in self.origins:
+        if table is not None and key is not None and (table, key) in self.origins:
             return f"{self.origins[table, key]}: "
         # A recipe does not set the keys of a train config, nor the other way round.
         files = [
@@ -108,7 +108,9 @@ def _read_file(path: Path) -> bytes:
 
 
 def is_recipe_key(table: str, key: str) -> bool:
-    return table in RECIPE_KEYS and (RECIPE_KEYS[table] is None or key in RECIPE_KEYS[table])
+    """Whether a setting says what is trained, and belongs to a recipe."""
+    keys = RECIPE_KEYS.get(table, set())
+    return keys is None or key in keys
 
 
 def _check_base(path: Path, base: Any) -> None:

@@ -1,7 +1,6 @@
 """Text sources as a config names them: where they are, whether they can be read, and the tokens of their documents."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -9,6 +8,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 from nitp_titan.data.hub import TOKENIZERS, without_download_counts
 from nitp_titan.data.mixtures import MIXTURES, TextSource
+from nitp_titan.data.places import Place
 from nitp_titan.data.text_files import (
     find_files,
     how_to_name,
@@ -29,35 +29,6 @@ LOCAL = ("json", "parquet")
 """What ``dataset`` calls local files."""
 
 _SOURCE_KEYS = [field.name for field in dataclasses.fields(TextSource) if field.name != "weight"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A source and the place in a config that names it."""
-
-    source: TextSource
-    table: str
-    key: str | None = None
-    prefix: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.source.dataset_path or self.source.dataset
-
-    def error(self, key: str, message: str) -> UserError:
-        return UserError(f"[{self.table}] {self.prefix}{key}{message}", table=self.table, key=self.key or key)
-
-    def text_error(self, error: TextError) -> UserError:
-        """The error of a local file, with the setting that names it or its field."""
-        if error.is_field:
-            return self.error("text_field", f" = {self.source.text_field!r}: {error}")
-        return self.error("dataset_path", f": {error}")
-
-    @property
-    def fields(self) -> list[str]:
-        """Names of the fields that hold the text."""
-        fields = self.source.text_field
-        return [fields] if isinstance(fields, str) else fields
 
 
 def places_of(config, table: str) -> list[Place]:

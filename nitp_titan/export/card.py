@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from torchtitan.components.optimizer import LRSchedulersContainer
+
 from nitp_titan import markdown
 from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.step_files import read_records
-from nitp_titan.training.lr_scheduler import WSDSchedulers
 
 _CITATION = """\
 @inproceedings{nitp2026,
@@ -90,7 +91,7 @@ def _settings(config) -> dict[str, Any]:
     return settings
 
 
-def schedule(settings: WSDSchedulers.Config, training_steps: int) -> str:
+def schedule(settings: LRSchedulersContainer.Config, training_steps: int) -> str:
     """The learning-rate schedule in words, with the numbers of steps that TorchTitan makes of its settings."""
     total = training_steps if settings.total_steps is None else settings.total_steps
     warmup = min(settings.warmup_steps, total)

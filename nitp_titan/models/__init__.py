@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.models.settings import ModelConfig
 
@@ -45,8 +47,6 @@ def build_model_spec(model: ModelConfig):
 
 def meta_tensors(spec):
     """Tensors of a ``ModelSpec``'s whole model by name, on the meta device: sizes and types without contents."""
-    import torch
-
     with torch.device("meta"):
         return spec.model.build().state_dict()
 
@@ -65,7 +65,7 @@ def hf_config(model: ModelConfig, spec) -> dict[str, Any]:
         missing = "hf_config" if not hasattr(family, "hf_config") else "state_dict_adapter"
         raise UserError(
             f"[model] family = '{model.family}' has no {missing}, which says what it is in transformers "
-            "(README, Add your own variant).",
+            "(nitp_titan/README.md).",
             table="model",
             key="family",
         )
@@ -92,7 +92,7 @@ def _import_family(name: str) -> ModuleType:
     if missing:
         raise UserError(
             f"[model] family = '{name}': the module has no {' and no '.join(missing)}; a family has both "
-            "(README, Add your own variant).",
+            "(nitp_titan/README.md).",
             table="model",
             key="family",
         )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
@@ -152,7 +153,7 @@ def _curves(arms: Sequence[Arm], of: Callable[[Run], Series], *, smooth: bool = 
                 axes.fill_between(steps, low, high, color=shade, alpha=0.2, linewidth=0)
             # Arms may coincide: the first is drawn widest and below, so that it shows under the others.
             width = 1.5 + (1.5 if index == 0 and len(arms) > 1 else 0)
-            points = {} if len(steps) > 1 else {"marker": "o"}
+            points: dict[str, Any] = {} if len(steps) > 1 else {"marker": "o"}
             line = smoothed(line) if smooth else line
             axes.plot(steps, line, color=shade, label=arm.name, linewidth=width, **points)
         axes.set_xlabel("step")
@@ -279,7 +280,7 @@ def _by_layer(arms: Sequence[Arm], figure: str, label: str, step: int) -> Callab
                 axes.fill_between(numbers, low, high, color=color(arms, arm), alpha=0.2, linewidth=0)
                 axes.plot(numbers, line, color=color(arms, arm), marker="o", markersize=3.5, label=arm.name)
         axes.set(xlabel="layer (0 is the embedding)", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
 
     return draw
 

@@ -64,7 +64,7 @@ def _cells(models: Sequence[dict[str, Any]], state: str, row: str) -> list[str]:
     of, form = _ROWS[row]
     values = [of(figures) if (figures := model["states"].get(state)) else None for model in models]
     first = values[0]
-    differences = [None if None in (value, first) else value - first for value in values[1:]]
+    differences = [None if value is None or first is None else value - first for value in values[1:]]
     cells = ["-" if value is None else f"{value:z{form}}" for value in values]
     return cells + ["-" if value is None else f"{value:+z{form}}" for value in differences]
 
@@ -99,10 +99,15 @@ def _by_layer(models: Sequence[dict[str, Any]], figure: str, label: str) -> Call
                 axes.plot(*zip(*points), color=color, marker="o", markersize=3.5, label=model["name"])
             if "hidden" in states:
                 last, label_of_last = (model["num_layers"], states["hidden"][figure]), None if points else model["name"]
-                style = {"marker": "D", "markersize": 5.5, "markerfacecolor": "none", "linestyle": "none"}
+                style: dict[str, Any] = {
+                    "marker": "D",
+                    "markersize": 5.5,
+                    "markerfacecolor": "none",
+                    "linestyle": "none",
+                }
                 axes.plot(*last, color=color, label=label_of_last, **style)
         axes.set(xlabel="layer (0: embedding; open: final norm)", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
 
     return draw
 

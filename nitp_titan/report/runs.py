@@ -208,7 +208,7 @@ def _read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def flattened(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as ``table.key``; lists stay as they are."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tables.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

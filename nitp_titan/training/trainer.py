@@ -210,11 +210,11 @@ class NITPTrainer(Trainer):
         if self.tracker is None or not self.tracker.due(self.step):
             return super().train_step(data_iterator)
         self.tracker.start(self._num_microbatches, seed=self.config.geometry.seed + self.step)
-        with self._without_cuda_graph():
+        with self.without_cuda_graph():
             super().train_step(data_iterator)
 
     @contextmanager
-    def _without_cuda_graph(self) -> Iterator[None]:
+    def without_cuda_graph(self) -> Iterator[None]:
         """A graph replays the steps that measure nothing; the same kernels measure outside of it."""
         replayed, self.fwd_bwd_fn = self.fwd_bwd_fn, self._forward_backward_body
         try:

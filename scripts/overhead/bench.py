@@ -25,10 +25,11 @@ from overhead.measure import measure, peak_bytes
 _ASSETS = "assets/stdlib"
 # Of a step on a CPU, where larger ones only take longer.
 _CPU_TOKENS = 1024
-# Largest first; the states of all three arms may take so much of a GPU, the rest is for activations.
+# Largest first; the states of all three arms may take so much of a GPU, and so much the logits of MTP, whose loss is
+# not computed in chunks (bfloat16, and float32 logits, log-softmax and gradient). The rest is for other activations.
 _DENSE = ("dense/nitp_3b", "dense/nitp_2b", "dense/nitp_0.5b", "scaling/nitp_150m", "scaling/nitp_50m")
-_STATES_SHARE = 0.6
-_STATE_BYTES = 16
+_STATES_SHARE, _LOGITS_SHARE = 0.4, 0.45
+_STATE_BYTES, _LOGIT_BYTES = 16, 14
 # On a GPU: name -> compile, CUDA graphs, float8.
 _GPU_SETTINGS = {
     "bfloat16": (False, False, False),
@@ -101,6 +102,9 @@ def _changes(config) -> dict[str, Any]:
     local = min(config.training.local_batch_size, config.training.global_batch_size)
     if cpu.active():
         local = min(local, _CPU_TOKENS // config.training.seq_len)
+    else:
+        logits = _LOGIT_BYTES * config.training.seq_len * config.model_spec.model.vocab_size
+        local = min(local, int(_LOGITS_SHARE * torch.accelerator.get_memory_info()[1] / logits))
     local = max(1, local)
     training = dataclasses.replace(config.training, local_batch_size=local, global_batch_size=local)
     loader = TextDataLoader.Config(dataset="json", dataset_path=f"{_ASSETS}/train.jsonl")

@@ -69,7 +69,7 @@ def test_there_are_many_mistakes_and_of_every_file_every_kind():
     kinds = Counter(mistake.kind for mistake in MISTAKES)
     assert all(number >= len(FILES) - 10 for number in kinds.values()), kinds
     assert {mistake.file for mistake in MISTAKES} == set(FILES)
-    row = next(line for line in (PROJECT / "README.md").read_text().splitlines() if "wrong input: every" in line)
+    row = next(line for line in (PROJECT / "tests/README.md").read_text().splitlines() if "wrong input: every" in line)
     assert f"in {len(kinds)} ways" in row and row.endswith(f"| {len(names):,} | {len(names):,} |")
 
 

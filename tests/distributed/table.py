@@ -1,9 +1,9 @@
-"""Write the README's tables of parallelism from the tests that pytest collects.
+"""Write the tables of parallelism in tests/README.md from the tests that pytest collects.
 
     python tests/distributed/table.py [--check]
 
 Rows and columns are the `technique` marks of tests; every entry links to its test. With --check nothing is
-written, and the exit status says whether the README is up to date.
+written, and the exit status says whether that is up to date.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
-README = PROJECT / "README.md"
+README = PROJECT / "tests/README.md"
 START, END = "<!-- parallelism: python tests/distributed/table.py -->", "<!-- end of parallelism -->"
 COLUMNS = ["dense", "MoE"]
 
@@ -30,7 +30,7 @@ class _Collector:
         for item in session.items:
             for mark in item.iter_markers("technique"):
                 row, column, label = mark.args
-                file = str(Path(item.path).relative_to(PROJECT))
+                file = str(Path(item.path).relative_to(README.parent))
                 labels = self.rows.setdefault(row, {}).setdefault(column, {}).setdefault(file, [])
                 if label not in labels:
                     labels.append(label)
@@ -74,7 +74,7 @@ def main() -> None:
     _, _, after = rest.partition(END)
     updated = f"{before}{START}\n{tables(collect())}\n{END}{after}"
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if updated == text else "README.md is out of date: python tests/distributed/table.py")
+        sys.exit(0 if updated == text else "tests/README.md is out of date: python tests/distributed/table.py")
     README.write_text(updated, encoding="utf-8")
     print(f"wrote {README}")
 

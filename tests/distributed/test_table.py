@@ -15,7 +15,7 @@ def test_the_table_of_the_readme_is_generated_from_the_collected_tests():
 
 
 def test_every_entry_of_the_table_links_to_a_test():
-    text = (PROJECT / "README.md").read_text()
+    text = (PROJECT / "tests/README.md").read_text()
     section = text.partition("<!-- parallelism")[2].partition("<!-- end")[0]
     links = re.findall(r"\]\((tests/[^)]+)\)", section)
     assert len(links) > 30

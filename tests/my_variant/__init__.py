@@ -4,8 +4,9 @@ import dataclasses
 from functools import partial
 
 import torch
+
 from nitp_titan.models import llama3
-from nitp_titan.models.llama3 import hf_config  # what it is in transformers
+from nitp_titan.models.llama3 import hf_config  # noqa: F401  # what it is in transformers
 
 _SHAPE = dict(dim=96, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=384, vocab_size=4096, tied=True)
 FLAVORS = {"wide": partial(llama3.llama, **_SHAPE)}

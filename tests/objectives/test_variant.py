@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,25 +151,13 @@ def test_a_loss_that_cannot_be_had_is_one_line(tmp_path, name, message):
     assert message in str(caught.value)
 
 
-def _readme_blocks() -> dict[str, str]:
-    """Files of the README's section "Add your own variant", by the path in their first line."""
-    text = (PROJECT / "README.md").read_text()
-    section = text.partition("### Add your own variant")[2].partition("\n## ")[0]
-    blocks = [block.partition("\n")[2] for block in section.split("```")[1::2]]
-    return {block.partition("\n")[0].removeprefix("# "): block for block in blocks if block.startswith("# my_variant/")}
+EXAMPLE = PROJECT / "tests/my_variant"
 
 
-def test_the_package_of_the_readme_trains_from_a_folder_of_its_own(torchrun, tmp_path):
-    files = _readme_blocks()
-    assert set(files) == {
-        "my_variant/__init__.py",
-        "my_variant/recipes/ntp.toml",
-        "my_variant/recipes/nitp.toml",
-    }
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def test_a_package_outside_of_this_one_trains_from_a_folder_of_its_own(torchrun, tmp_path):
+    """The example of nitp_titan/README.md."""
+    files = [path.relative_to(EXAMPLE.parent) for path in (*EXAMPLE.glob("*.py"), *EXAMPLE.glob("recipes/*.toml"))]
+    shutil.copytree(EXAMPLE, tmp_path / "my_variant", ignore=shutil.ignore_patterns("__pycache__"))
     losses = {}
     for arm in ("ntp", "nitp"):
         run = tmp_path / "runs" / arm

@@ -16,18 +16,16 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import pyarrow
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from nitp_titan.data.places import Place
 from nitp_titan.errors import UserError
 from nitp_titan.files import sha256
-
-if TYPE_CHECKING:
-    from nitp_titan.data.sources import Place
 
 TOKENS = "tokens"
 """What ``dataset`` calls such a folder."""
@@ -159,7 +157,7 @@ def tokenizer_hashes(folder: str | Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in tokenizer_files(folder)}
 
 
-def check_tokens(place: "Place") -> None:
+def check_tokens(place: Place) -> None:
     """Raise UserError unless a source's folder of tokens is complete and no key of text is given with it."""
     source = place.source
     if not source.dataset_path:
@@ -175,7 +173,7 @@ def check_tokens(place: "Place") -> None:
         raise _error(place, error) from None
 
 
-def check_tokenizer(place: "Place", hf_assets_path: str) -> None:
+def check_tokenizer(place: Place, hf_assets_path: str) -> None:
     """Raise UserError unless a source's tokens are those of a recipe's tokenizer."""
     manifest, now = _manifest(place), tokenizer_hashes(hf_assets_path)
     if manifest.tokenizer_files == now:
@@ -194,21 +192,21 @@ def _said(digest: str | None) -> str:
     return "not there" if digest is None else f"sha256 {digest[:_SAID_DIGITS]}"
 
 
-def _manifest(place: "Place") -> Manifest:
+def _manifest(place: Place) -> Manifest:
     try:
         return Manifest.read(Path(place.name))
     except ValueError as error:
         raise _error(place, error) from None
 
 
-def _error(place: "Place", error: ValueError) -> UserError:
+def _error(place: Place, error: ValueError) -> UserError:
     return place.error("dataset_path", f" = '{place.name}'{error}")
 
 
 class TokenFolder:
     """A source's folder of tokens, which `check_tokens` passed; nothing of it is in memory until it is read."""
 
-    def __init__(self, place: "Place"):
+    def __init__(self, place: Place):
         self._place, self._folder, self._manifest = place, Path(place.name), _manifest(place)
         # Of each shard, the number of tokens before it.
         self._starts = list(accumulate((shard.tokens for shard in self._manifest.shards), initial=0))

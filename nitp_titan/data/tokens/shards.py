@@ -20,7 +20,8 @@ from datasets import Dataset, IterableDataset
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from nitp_titan.data import tokenizer as text_tokenizer
-from nitp_titan.data.sources import Place, tokens_of
+from nitp_titan.data.places import Place
+from nitp_titan.data.sources import tokens_of
 from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.tokens.folder import (
     dtype_for,
