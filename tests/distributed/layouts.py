@@ -78,7 +78,7 @@ def run_layout(folder: Path, layout: Layout) -> dict:
         run.step = step
         run.train_step(batches)
         norms.append(gradient_norms(run))
-        guarded.append(run.guard.measure()[0].sqrt().item())
+        guarded.append(run.bad_steps.measure()[0].sqrt().item())
     if config.validator.enable:
         run.validator.validate(run.model_parts, run.step)
     figures = {"norms": norms, "guarded": guarded, "weights": weight_norm(run), "linears": linear_types(run)}
