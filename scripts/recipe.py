@@ -21,7 +21,6 @@ import tomli_w
 from nitp_titan.cli import catalog
 from nitp_titan.config import recipe
 from nitp_titan.machine import exits
-from nitp_titan.training.trainer import load_config
 
 
 def list_recipes(arguments: argparse.Namespace) -> None:
@@ -39,9 +38,10 @@ def show(arguments: argparse.Namespace) -> None:
         tables = recipe.read_recipe(path).tables
         tables = {**tables.pop("", {}), **tables}
     else:
-        from nitp_titan.config import build
+        from nitp_titan.config.build import tables_of
+        from nitp_titan.training.trainer import load_config
 
-        tables = build.tables_of(load_config(path, recipe.find(arguments.train_config, "train_configs")))
+        tables = tables_of(load_config(path, recipe.find(arguments.train_config, "train_configs")))
     print(json.dumps(tables, indent=2) if arguments.json else tomli_w.dumps(tables), end="")
 
 
