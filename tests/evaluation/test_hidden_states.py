@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from numpy_geometry import Largest, numpy_figures
 from probe_models import assert_same_figures, DIM, FAMILIES, LAYERS, make, states_of, tokens_of, VOCABULARY
-from test_geometry import Largest, numpy_figures
 from transformers import (
     PretrainedConfig,
 )

@@ -25,7 +25,7 @@ from nitp_titan.data.text_files import documents_of
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation.geometry import (
     check,
-    probe,
+    measure_models,
     Settings,
     tokenized,
 )
@@ -77,7 +77,7 @@ def test_the_script_compares_two_models_offline(saved, text, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     models = read_models([str(llama), f"second={gpt2}"])
-    result = probe(models, Settings(text=text, seq_len=16, num_pairs=32))
+    result = measure_models(models, Settings(text=text, seq_len=16, num_pairs=32))
     assert json.loads((out / "geometry.json").read_text()) == json.loads(as_json(result))
     files = {
         f"{name}.{kind}" for name in ("layers_effective_rank", "layers_cosine", "spectrum") for kind in ("png", "svg")
@@ -91,7 +91,7 @@ def test_the_script_compares_two_models_offline(saved, text, tmp_path):
 
 
 def test_the_table_has_both_models_and_their_difference(saved, text):
-    result = probe(read_models([*map(str, saved.values())]), Settings(text=text, seq_len=16))
+    result = measure_models(read_models([*map(str, saved.values())]), Settings(text=text, seq_len=16))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables(result).splitlines()]
     assert rows[0] == ["last hidden state", "llama", "gpt2", "gpt2 - llama"]
     ranks = [model["states"]["hidden"]["effective_rank"] for model in result["models"]]
@@ -104,7 +104,7 @@ def test_models_of_different_context_are_cut_and_named(saved, text, tmp_path):
     short = tmp_path / "short"
     LlamaForCausalLM(LlamaConfig(**SIZES | {"max_position_embeddings": 8})).save_pretrained(short)
     AutoTokenizer.from_pretrained(saved["gpt2"]).save_pretrained(short)
-    result = probe(read_models([str(saved["gpt2"]), str(short)]), Settings(text=text, seq_len=16))
+    result = measure_models(read_models([str(saved["gpt2"]), str(short)]), Settings(text=text, seq_len=16))
     tokens = [model["tokens"] for model in result["models"]]
     assert tokens[1] < tokens[0]
     assert "short: --seq-len 16 is beyond its max_position_embeddings; 8 is taken." in result["warnings"]
@@ -119,14 +119,14 @@ def test_models_of_different_tokenizers_read_the_same_documents(saved, text, tmp
     tokenizer = json.loads((letters / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (letters / "tokenizer.json").write_text(json.dumps(tokenizer))
-    result = probe(read_models([str(saved["gpt2"]), str(letters)]), Settings(text=text, seq_len=64, tokens=30))
+    result = measure_models(read_models([str(saved["gpt2"]), str(letters)]), Settings(text=text, seq_len=64, tokens=30))
     first, second = result["models"]
     assert first["tokens"] <= 30 < second["tokens"] and first["sequences"] == second["sequences"]
     assert any(line.startswith("letters: ") and "their tokenizers differ" in line for line in result["warnings"])
 
 
 def test_an_unfinished_write_leaves_nothing_new(saved, text, tmp_path, monkeypatch):
-    result = probe(read_models([str(saved["gpt2"])]), Settings(text=text))
+    result = measure_models(read_models([str(saved["gpt2"])]), Settings(text=text))
     out = tmp_path / "out"
     write(result, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -200,20 +200,20 @@ def test_blank_documents_count_and_a_missing_bos_is_warned_of(saved, tmp_path):
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in (*DOCUMENTS[:3], "", " ")))
     assert list(documents_of(path, "text"))[3:] == ["", " "]
     settings = Settings(text=path, seq_len=16)
-    result = probe(read_models([str(saved["gpt2"])]), settings)
+    result = measure_models(read_models([str(saved["gpt2"])]), settings)
     assert result["models"][0]["sequences"] == 5
     assert not any("do not begin with" in line for line in result["warnings"])
     bare = shutil.copytree(saved["gpt2"], tmp_path / "bare")
     tokenizer = json.loads((bare / "tokenizer.json").read_text()) | {"post_processor": None}
     (bare / "tokenizer.json").write_text(json.dumps(tokenizer))
-    result = probe(read_models([str(bare)]), settings)
+    result = measure_models(read_models([str(bare)]), settings)
     assert result["models"][0]["sequences"] == 5
     assert "bare: sequences do not begin with <|bos|>, as documents do in training." in result["warnings"]
 
 
 def test_too_few_tokens_for_two_documents_are_refused(saved, text):
     with pytest.raises(UserError, match="--tokens 4: fewer than 2 documents .* 32 are always enough"):
-        probe(read_models([str(saved["gpt2"])]), Settings(text=text, tokens=4, seq_len=16))
+        measure_models(read_models([str(saved["gpt2"])]), Settings(text=text, tokens=4, seq_len=16))
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(saved, text, tmp_path):
@@ -221,7 +221,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(saved, text, tmp_path):
     LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 300})).save_pretrained(small)
     AutoTokenizer.from_pretrained(saved["gpt2"]).save_pretrained(small)
     with pytest.raises(UserError, match="its tokenizer made token [0-9]+, but its embedding has 300 rows"):
-        probe(read_models([str(small)]), Settings(text=text))
+        measure_models(read_models([str(small)]), Settings(text=text))
 
 
 def test_the_script_says_a_mistake_in_one_line_and_writes_nothing(saved, text, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from torch.utils._python_dispatch import TorchDispatchMode
+from numpy_geometry import Largest, numpy_figures
 
 from nitp_titan.geometry.statistics import (
     average_cosine,
@@ -34,20 +34,6 @@ def gaussian(tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
 def entropy_rank(values: np.ndarray) -> float:
     share = values[values > 0] / values.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
-
-
-def numpy_figures(x: np.ndarray) -> dict[str, float]:
-    """All figures from the states themselves: numpy's covariance and SVD, and the full matrix of cosines."""
-    x = x.astype(np.float64)
-    eigenvalues = np.clip(np.linalg.eigvalsh(np.cov(x.T, bias=True)), 0, None)
-    units = x / np.linalg.norm(x, axis=1, keepdims=True)
-    cosines = units @ units.T
-    return {
-        "effective_rank": entropy_rank(eigenvalues),
-        "rankme": entropy_rank(np.linalg.svd(x, compute_uv=False)),
-        "participation_ratio": eigenvalues.sum() ** 2 / (eigenvalues**2).sum(),
-        "cosine": cosines[~np.eye(len(x), dtype=bool)].mean(),
-    }
 
 
 CLOUDS = {
@@ -179,19 +165,6 @@ def test_sums_of_two_parts_are_the_sums_of_the_whole():
     for name, total in zip(("counts", "sum", "direction", "outer"), whole.tensors()):
         added = sum(part.tensors()[["counts", "sum", "direction", "outer"].index(name)] for part in parts)
         assert_allclose(added.numpy(), total.numpy(), rtol=1e-12, err_msg=name)
-
-
-class Largest(TorchDispatchMode):
-    """Bytes of the largest storage that an operator makes."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
-            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
-        return result
 
 
 def test_memory_does_not_grow_with_the_number_of_tokens():

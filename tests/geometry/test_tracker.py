@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import IGNORE, make_config, PackedDataLoader, train
 from numpy.testing import assert_allclose
-from test_statistics import numpy_figures
+from numpy_geometry import numpy_figures
 
 from nitp_titan.config.parallelism import check_parallelism
 from nitp_titan.errors import UserError
