@@ -5,6 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+def entropy_rank(values: np.ndarray) -> float:
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
 def numpy_figures(x: np.ndarray) -> dict[str, float]:
     """All figures from the states themselves: numpy's covariance and SVD, and the full matrix of cosines."""
     x = x.astype(np.float64)

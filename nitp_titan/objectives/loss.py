@@ -175,7 +175,7 @@ class AuxiliaryLoss(ChunkedLoss):
         value = torch.zeros((), dtype=torch.float32, device=self.weight.device)
         with GatheredProjector(self.projector, self.lm_head) as gathered:
             for chunk, h, labels_BL in _chunks(h_BLD.detach(), labels, self.num_auxiliary_chunks):
-                if chunk.stop == labels.shape[1]:
+                if chunk.stop == local(labels).shape[1]:
                     gathered.reduce_gradient()
                 leaf = h.contiguous().requires_grad_()
                 share = terms.sum(_placed_as(h_BLD, leaf), labels_BL, chunk) / self.num_terms

@@ -31,11 +31,6 @@ def gaussian(tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(tokens, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def entropy_rank(values: np.ndarray) -> float:
-    share = values[values > 0] / values.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
-
-
 CLOUDS = {
     "isotropic": gaussian(500, 24),
     "anisotropic": gaussian(500, 24) * torch.linspace(0.01, 3, 24),
