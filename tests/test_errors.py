@@ -196,7 +196,8 @@ def test_a_damaged_file_of_ours_is_named_and_a_missing_one_is_none(tmp_path):
 
 
 RANK = """
-from nitp_titan.errors import exit_lost, exit_with, UserError
+from nitp_titan.errors import UserError
+from nitp_titan.machine.exits import exit_lost, exit_with
 import sys
 exit_lost() if sys.argv[1] == "lost" else exit_with(UserError(sys.argv[1]))
 """

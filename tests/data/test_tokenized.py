@@ -244,11 +244,11 @@ def test_a_worker_that_is_killed_or_fails_without_a_word_ends_the_command_with_o
         ((None, -9), "^a worker was ended by SIGKILL, as where memory is full; the same command resumes.$"),
         ((1, None), "^a worker failed; its message is above, and the same command resumes.$"),
     ):
-        workers = [SimpleNamespace(exitcode=code, sentinel=7) for code in codes]
+        running = [SimpleNamespace(exitcode=code, sentinel=7) for code in codes]
         with pytest.raises(UserError, match=message):
-            workers._running(workers, silent)
-    workers = [SimpleNamespace(exitcode=code, sentinel=7) for code in (0, None)]
-    assert workers._running(workers, silent) == [7]
+            workers._running(running, silent)
+    running = [SimpleNamespace(exitcode=code, sentinel=7) for code in (0, None)]
+    assert workers._running(running, silent) == [7]
 
 
 def test_a_file_that_ends_too_early_is_named_by_the_worker(tmp_path, texts, assets):

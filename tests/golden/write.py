@@ -2,8 +2,10 @@
 
 python tests/golden/write.py          # write all of them anew, after a change that is meant to change losses
 python tests/golden/write.py nitp_debug_mse
+python tests/golden/write.py --json   # print what they would be
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -68,9 +70,16 @@ def main() -> None:
     os.chdir(PROJECT)
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     os.environ |= {**one_rank, "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
-    for name in sys.argv[1:] or CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            write(name, measure(name, Path(folder)))
+    # The same instructions on every CPU: a last bit moves a token to another expert, and steps later the losses.
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+    names = [argument for argument in sys.argv[1:] if argument != "--json"] or [*CASES]
+    with tempfile.TemporaryDirectory() as folder:
+        measured = {name: measure(name, Path(folder) / name) for name in names}
+    if "--json" in sys.argv:
+        print(json.dumps(measured))
+        return
+    for name, rows in measured.items():
+        write(name, rows)
         print(f"tests/golden/{name}.txt")
 
 
