@@ -62,9 +62,16 @@ def _warm(arguments, environments, folder, preload=()) -> subprocess.CompletedPr
     if _server is None or _server.poll() is not None:
         command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
         _log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        # Of its own group: Ctrl-C in pytest is not for it.
+        # With one thread, since forks have only one. Of its own group: Ctrl-C in pytest is not for it.
         _server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=_log, text=True, cwd=PROJECT, process_group=0
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=_log,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=PROJECT,
+            process_group=0,
         )
         atexit.register(_stop, _server)
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:

@@ -85,6 +85,18 @@ def test_files_of_the_package_import_each_other_in_no_circle():
     assert sorted(below) == []
 
 
+def test_a_name_in_a_package_is_not_the_name_of_a_file_beside_it():
+    """Importing the file would put itself in the place of what has the name."""
+    wrong = []
+    for path in (path for path in FILES if path.name == "__init__.py"):
+        beside = {other.stem for other in path.parent.iterdir()}
+        for node in ast.parse(path.read_text()).body:
+            aliases = node.names if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names = {getattr(node, "name", None), *(alias.asname or alias.name for alias in aliases)}
+            wrong += [f"{path.relative_to(PROJECT)}:{node.lineno}: {name}" for name in names & beside]
+    assert wrong == []
+
+
 def test_imports_inside_functions_have_a_reason():
     found = {
         (str(path.relative_to(PROJECT / PACKAGE)), module.partition(".")[0])

@@ -11,7 +11,7 @@ from safety_rules import offences
 
 @pytest.mark.parametrize("folder", ["nitp_titan", "scripts"])
 def test_no_code_of_the_project_could_run_code_from_outside(folder):
-    """Pickles, eval, remote code of models, shells; every checkpoint is read by `dcp_files`."""
+    """Pickles, eval, remote code of models, shells; every checkpoint is read by `safe_dcp`."""
     files = sorted((PROJECT / folder).rglob("*.py"))
     assert len(files) > 5
     found = {str(file.relative_to(PROJECT)): lines for file in files if (lines := offences(file))}
@@ -57,8 +57,8 @@ def test_the_rules_leave_the_usual_alone(tmp_path):
 
 
 def test_even_the_reader_of_pickles_has_two_names_of_the_module_only(tmp_path):
-    (tmp_path / "dcp_files.py").write_text("import pickle\npickle.Unpickler\npickle.loads(data)\n")
-    assert offences(tmp_path / "dcp_files.py") == ["3: pickle.loads"]
+    (tmp_path / "safe_dcp.py").write_text("import pickle\npickle.Unpickler\npickle.loads(data)\n")
+    assert offences(tmp_path / "safe_dcp.py") == ["3: pickle.loads"]
 
 
 @pytest.fixture(scope="module")

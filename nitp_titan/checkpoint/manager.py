@@ -147,7 +147,7 @@ class NITPCheckpointManager(CheckpointManager):
         self._tell_saved()
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
-        """As `CheckpointManager.dcp_load`, through `dcp_files`. Optimizers get their states from the checkpoint, and
+        """As `CheckpointManager.dcp_load`, through `safe_dcp`. Optimizers get their states from the checkpoint, and
         keep their settings: what a run records is what it trains, from its first step on.
 
         Of an initial checkpoint parts may be missing; `check_initial_load` has seen to it that only the projector is.

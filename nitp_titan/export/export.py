@@ -27,7 +27,7 @@ from nitp_titan.errors import UserError
 from nitp_titan.export.card import model_card
 from nitp_titan.export.dtypes import DTYPES
 from nitp_titan.models import hf_config, meta_tensors
-from nitp_titan.models.hf_config import require
+from nitp_titan.models.hf_common import require
 from nitp_titan.objectives.export import TRAINING_PREFIX, without_training_weights
 
 MAX_SHARD_SIZE = "5GB"

@@ -3,8 +3,6 @@
 It only pushes the hidden states of a sequence apart. Suffixes: B batch, L (local) length, D model dim.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed._functional_collectives as funcol
 import torch.nn as nn
@@ -13,7 +11,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 
 from nitp_titan.objectives.distances import direction
 from nitp_titan.objectives.nitp import IdentityProjector, NITPModule
-from nitp_titan.objectives.objective import context_parallel_group, local, MicrobatchTerms, Objective, Observer
+from nitp_titan.objectives.objective import context_parallel_group, local, Microbatch, MicrobatchTerms, Objective
 
 
 def direction_sums(h_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,24 +63,16 @@ class CosineRegularizer(Objective):
         return ((labels_BL != IGNORE_INDEX).sum(1) >= 2).sum()
 
     @torch.no_grad()
-    def microbatch(
-        self,
-        h_BLD: Tensor,
-        labels_BL: Tensor,
-        captured: Sequence[Tensor],
-        *,
-        projector: nn.Module,
-        num_chunks: int,
-        observer: Observer | None,
-    ) -> "CosineRegularizerTerms":
+    def microbatch(self, batch: Microbatch) -> "CosineRegularizerTerms":
         """As `Objective.microbatch`: sums the directions of whole sequences."""
-        trained_BL = local(labels_BL) != IGNORE_INDEX
-        chunks = zip(*(x.chunk(num_chunks, dim=1) for x in (local(h_BLD).detach(), trained_BL)))
+        trained_BL = local(batch.labels_BL) != IGNORE_INDEX
+        states_BLD = local(batch.h_BLD).detach()
+        chunks = zip(*(x.chunk(batch.num_chunks, dim=1) for x in (states_BLD, trained_BL)))
         directions_BD, counts_B = (sum(parts) for parts in zip(*(direction_sums(h, valid) for h, valid in chunks)))
-        group = context_parallel_group(h_BLD)
+        group = context_parallel_group(batch.h_BLD)
         if group is not None:
             directions_BD, counts_B = (funcol.all_reduce(x, "sum", group) for x in (directions_BD, counts_B))
-        return CosineRegularizerTerms(projector, directions_BD, counts_B)
+        return CosineRegularizerTerms(batch.projector, directions_BD, counts_B)
 
 
 class CosineRegularizerTerms(MicrobatchTerms):

@@ -17,7 +17,7 @@ from torchtitan.components.loss import ChunkedLossWrapper, GradAccumulator
 from torchtitan.config import CompileConfig
 from torchtitan.models.common.feed_forward import FeedForward
 
-from nitp_titan.objectives.objective import local, MicrobatchTerms, Observer
+from nitp_titan.objectives.objective import local, Microbatch, MicrobatchTerms, Observer
 from nitp_titan.objectives.registry import build_objective
 from nitp_titan.objectives.settings import NITPConfig
 from nitp_titan.objectives.sites import HIDDEN, PROJECTED
@@ -149,12 +149,7 @@ class AuxiliaryLoss(ChunkedLoss):
         ntp, metrics = super().compute(h_BLD, labels, global_valid_tokens, **loss_inputs)
         with spmd.local(), spmd.no_typecheck():
             terms = self.objective.microbatch(
-                h_BLD,
-                labels,
-                captured,
-                projector=self.projector,
-                num_chunks=self.num_chunks,
-                observer=self.observer,
+                Microbatch(h_BLD, labels, captured, self.projector, self.num_chunks, self.observer)
             )
             gradient, auxiliary = self._chunked(terms, h_BLD, labels)
             newest = torch.stack([local(ntp).detach().float(), auxiliary, torch.linalg.vector_norm(gradient)])

@@ -32,9 +32,9 @@ from nitp_titan.objectives.distances import DISTANCES, nitp_loss_sum
 from nitp_titan.objectives.objective import (
     context_parallel_group,
     local,
+    Microbatch,
     MicrobatchTerms,
     Objective,
-    Observer,
 )
 from nitp_titan.objectives.settings import NITPConfig
 from nitp_titan.objectives.sites import PROJECTED, TARGET
@@ -79,41 +79,25 @@ class NITP(Objective):
             positions_BL, labels_BL, temporal_shift=self.settings.temporal_shift, ignore_index=IGNORE_INDEX
         ).sum()
 
-    def microbatch(
-        self,
-        h_BLD: Tensor,
-        labels_BL: Tensor,
-        captured: Sequence[Tensor],
-        *,
-        projector: nn.Module,
-        num_chunks: int,
-        observer: Observer | None,
-    ) -> "NITPTerms":
+    def microbatch(self, batch: Microbatch) -> "NITPTerms":
         """As `Objective.microbatch`; ``captured`` is what `ImplicitTarget.forward` returns."""
-        return NITPTerms(self, projector, captured, labels_BL, observer)
+        return NITPTerms(self, batch)
 
 
 class NITPTerms(MicrobatchTerms):
     """As `MicrobatchTerms`: prediction and implicit token meet here."""
 
-    def __init__(
-        self,
-        objective: NITP,
-        projector: nn.Module,
-        captured: Sequence[Tensor],
-        labels_BL: Tensor,
-        observer: Observer | None,
-    ):
-        self.objective, self.projector, self.labels_BL, self.observer = objective, projector, labels_BL, observer
-        self.captured_BLD, self.halo_BKD, self.valid_BL = captured
+    def __init__(self, objective: NITP, batch: Microbatch):
+        self.objective, self.batch = objective, batch
+        self.captured_BLD, self.halo_BKD, self.valid_BL = batch.captured
         learns = self.captured_BLD.requires_grad
         self.z_BLD = self.captured_BLD.detach().requires_grad_() if learns else self.captured_BLD
 
     def sum(self, h_BLD: Tensor, labels_BL: Tensor, chunk: slice) -> Tensor:
         """As `MicrobatchTerms.sum`."""
-        prediction_BLD = local(self.projector(h_BLD))
-        if self.observer is not None:
-            self.observer.observe(PROJECTED, prediction_BLD, self.labels_BL, start=chunk.start)
+        prediction_BLD = local(self.batch.projector(h_BLD))
+        if self.batch.observer is not None:
+            self.batch.observer.observe(PROJECTED, prediction_BLD, self.batch.labels_BL, start=chunk.start)
         target_BLD = next_implicit_tokens(self.z_BLD, self.halo_BKD, chunk.start, chunk.stop)
         valid_BL = self.valid_BL[:, chunk] & (labels_BL != IGNORE_INDEX)
         return self.objective.fn(prediction_BLD, target_BLD, valid_BL, self.objective.distance)

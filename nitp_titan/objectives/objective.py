@@ -5,6 +5,7 @@ Suffixes: B batch, L (local) length, D model dim.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.nn as nn
@@ -35,6 +36,29 @@ class Observer(Protocol):
             passed: the position ids or the labels that came with them.
             start: first local position of a piece of the sequence.
         """
+
+
+@dataclass
+class Microbatch:
+    """What an objective gets of one micro-batch on this rank."""
+
+    h_BLD: Tensor
+    """Hidden states after the final norm, placed as the decoder returns them."""
+
+    labels_BL: Tensor
+    """`IGNORE_INDEX` where a position is not trained."""
+
+    captured: Sequence[Tensor]
+    """What the module's target made of the captured states; empty without one."""
+
+    projector: nn.Module
+    """Of the objective's module."""
+
+    num_chunks: int
+    """Number of chunks in which a pass over the whole sequence needs no more memory than the logits."""
+
+    observer: Observer | None
+    """Is shown the objective's ``sites``."""
 
 
 class MicrobatchTerms(ABC):
@@ -91,26 +115,8 @@ class Objective(ABC):
         """Number of terms in one micro-batch of whole sequences; scalar, int64."""
 
     @abstractmethod
-    def microbatch(
-        self,
-        h_BLD: Tensor,
-        labels_BL: Tensor,
-        captured: Sequence[Tensor],
-        *,
-        projector: nn.Module,
-        num_chunks: int,
-        observer: Observer | None,
-    ) -> MicrobatchTerms:
-        """Begin a micro-batch.
-
-        Args:
-            h_BLD: hidden states after the final norm.
-            labels_BL: `IGNORE_INDEX` where a position is not trained.
-            captured: what the module's target made of the captured states; empty without one.
-            projector: of the module.
-            num_chunks: number of chunks in which a pass over the whole sequence needs no more memory than the logits.
-            observer: is shown ``sites``.
-        """
+    def microbatch(self, batch: Microbatch) -> MicrobatchTerms:
+        """Begin a micro-batch; its terms are summed next."""
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -203,9 +203,9 @@ def plan_resume(config: Trainer.Config) -> ResumePlan:
     if not (steps or (folder / _RESOLVED).exists() or (folder / _METRICS).exists()):
         return replace(new, message="--resume: there is no run yet, a new one starts" if config.resume else "")
 
-    changed = _changed(config)
-    if config.overwrite and not (changed == {} and _restarted(folder)):
+    if config.overwrite and not (_restarted(folder) and _changed(config) == {}):
         return replace(new, archived=_places(folder, checkpoints), traces=config.comm.save_traces_folder)
+    changed = _changed(config)
     none = not steps and checkpoints is not None
     if changed != {} and (none or not config.resume):
         raise UserError(_refusal(folder, changed, resume=config.resume, none=none))

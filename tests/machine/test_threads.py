@@ -15,7 +15,8 @@ TORCHRUN = """
 import os, subprocess, sys
 if "OMP_NUM_THREADS" not in os.environ and os.environ["LOCAL_WORLD_SIZE"] != "1":
     os.environ["OMP_NUM_THREADS"] = "1"
-subprocess.run([sys.executable, "-c", "from nitp_titan import threads; print(threads.num_threads())"], check=True)
+code = "from nitp_titan.machine import threads; print(threads.num_threads())"
+subprocess.run([sys.executable, "-c", code], check=True)
 """
 
 

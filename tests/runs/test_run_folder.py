@@ -196,6 +196,15 @@ def test_a_run_of_an_older_version_had_the_defaults_of_later_settings(config, ru
         plan_resume(config(nitp={"start_step": 5}))
 
 
+def test_a_run_whose_tables_had_other_names_is_refused_or_set_aside(config, run):
+    with (run / "resolved.toml").open("a") as file:
+        file.write("[guard]\nmode = 'skip'\n")
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"another version of nitp-titan: .* has a table \[guard\] \(CHANGELOG.md"):
+            plan_resume(config(resume=resume))
+    assert plan_resume(config(overwrite=True)).archived == [run]
+
+
 def test_a_run_with_checkpoints_does_not_start_again_without_them(config, run):
     with pytest.raises(UserError, match=r"checkpoints up to step 20, and \[checkpoint\] enable = false would not load"):
         plan_resume(config(checkpoint={"enable": False}))

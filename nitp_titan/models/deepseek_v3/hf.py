@@ -4,7 +4,7 @@ from typing import Any
 
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 
-from nitp_titan.models.hf_config import (
+from nitp_titan.models.hf_common import (
     agreed,
     decoder_config,
     dense_hidden_dim,

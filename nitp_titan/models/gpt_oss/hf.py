@@ -4,7 +4,7 @@ from typing import Any
 
 from torchtitan.models.gpt_oss import GptOssModel
 
-from nitp_titan.models.hf_config import (
+from nitp_titan.models.hf_common import (
     agreed,
     experts,
     gqa_config,

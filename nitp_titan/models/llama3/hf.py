@@ -4,7 +4,7 @@ from typing import Any
 
 from torchtitan.models.llama3 import Llama3Model
 
-from nitp_titan.models.hf_config import dense_hidden_dim, gqa_config, PURE_ROTATION
+from nitp_titan.models.hf_common import dense_hidden_dim, gqa_config, PURE_ROTATION
 
 
 def hf_config(model: Llama3Model.Config) -> dict[str, Any]:

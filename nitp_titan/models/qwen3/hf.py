@@ -4,7 +4,7 @@ from typing import Any
 
 from torchtitan.models.qwen3 import Qwen3Model
 
-from nitp_titan.models.hf_config import (
+from nitp_titan.models.hf_common import (
     dense_hidden_dim,
     experts,
     gqa_config,
