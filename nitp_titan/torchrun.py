@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
                 sys.exit(EXIT_PREEMPTED)
             if isinstance(error, SignalException):
                 sys.exit(128 + error.sigval)
-            # Its workers have said why; a traceback of torchrun's own would be the last that is read.
+            # Its workers have printed the reason; torchrun's own traceback would bury it.
             sys.exit(str(error))
 
 

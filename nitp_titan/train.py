@@ -211,7 +211,7 @@ def _read_flags_in_one_line() -> None:
 
 
 def _without_box(text: str) -> str:
-    """What tyro draws a box around, as one line: the mistake and the nearest flag, without the help of all it knows."""
+    """An error of tyro's as one line, with the nearest flag, without its box and its list of all flags."""
     lines = [re.sub("[│╭╮╰╯─]", " ", line).strip() for line in text.splitlines()]
     parts = [[]]
     for line in lines:

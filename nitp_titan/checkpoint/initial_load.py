@@ -1,6 +1,6 @@
 """Start a run from another model: a checkpoint without projector, or a Hugging Face model.
 
-What is loaded, what is new and what does not fit is known before anything is built.
+Tensors to load, new tensors and those that do not fit are known before anything is built.
 """
 
 import json
@@ -42,7 +42,7 @@ def check_initial_load(config, spec: ModelSpec, tensors: dict[str, Tensor]):
         UserError: naming the path and what does not fit, if the checkpoint is of another model.
     """
     settings = config.checkpoint
-    # TorchTitan takes the model beside the tokenizer where no path is given.
+    # Without a path TorchTitan loads the model from the tokenizer's folder.
     path = settings.initial_load_path or (config.hf_assets_path if settings.initial_load_in_hf else None)
     if not settings.enable or not path:
         return config
@@ -128,9 +128,9 @@ def _check_settings(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) 
     pairs = {key: (value, theirs.get(key), key in their_words) for key, value in ours.items()}
     pairs = {key: pair for key, pair in pairs.items() if key not in _NOT_COMPARED}
     rope = theirs["rope_parameters"]
-    said = {*their_words, *(their_words.get("rope_parameters") or their_words.get("rope_scaling") or {})}
+    written = {*their_words, *(their_words.get("rope_parameters") or their_words.get("rope_scaling") or {})}
     pairs |= {
-        f"rope_parameters {key}": (value, rope.get(key), key in said or key == "rope_type")
+        f"rope_parameters {key}": (value, rope.get(key), key in written or key == "rope_type")
         for key, value in completed(ours)["rope_parameters"].items()
     }
     for key, (our, their, is_said) in pairs.items():

@@ -1,4 +1,4 @@
-"""TorchTitan's checkpoints, whole or none: what is half-written or half-deleted is no checkpoint."""
+"""TorchTitan's checkpoints, whole or none: one that is half-written or half-deleted does not count."""
 
 import os
 import shutil
@@ -114,7 +114,7 @@ class NITPCheckpointManager(CheckpointManager):
         self.maybe_wait_for_saving()
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any):
-        """As `CheckpointManager.dcp_save`; a step that is written again is no checkpoint meanwhile.
+        """As `CheckpointManager.dcp_save`; a step that is written again does not count as a checkpoint meanwhile.
 
         Raises:
             UserError: if the disk is full, or cannot be written for another reason.

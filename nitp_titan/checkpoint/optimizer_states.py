@@ -1,4 +1,4 @@
-"""What TorchTitan's optimizers hold, and which parameters they leave alone."""
+"""States of TorchTitan's optimizers, and parameters that they leave alone."""
 
 from collections.abc import Callable, Sequence
 
@@ -28,7 +28,7 @@ def leave_out(optimizers: OptimizersContainer, parameters: Sequence[nn.Parameter
     """Keep some parameters and their states as they are in every step of the optimizers at which ``when()`` holds.
 
     A gradient of zero would not: weight decay shrinks the parameter and Adam counts the step. The gradients are put
-    back after the step, since a CUDA graph goes on writing to them.
+    back after the step, since a CUDA graph keeps writing to them.
 
     Raises:
         UserError: if an optimizer that cannot leave out a parameter holds one of them.

@@ -69,11 +69,11 @@ def check_data(checkpoint: Checkpoint, num_streams: int) -> None:
     wanted = {"num_streams", "sequence", *(f"stream_{stream}" for stream in range(num_streams))}
     if checkpoint.data_state != wanted:
         found = sum(name.startswith("stream_") for name in checkpoint.data_state)
-        said = f"is of data in {found} streams, but [dataloader] num_streams = {num_streams}"
+        reason = f"is of data in {found} streams, but [dataloader] num_streams = {num_streams}"
         if not found:
-            said = "has no state of the data that this version can resume"
+            reason = "has no state of the data that this version can resume"
         raise UserError(
-            f"{checkpoint.folder} {said}. With [checkpoint] exclude_from_loading = ['{DATALOADER}'] the data begins "
+            f"{checkpoint.folder} {reason}. With [checkpoint] exclude_from_loading = ['{DATALOADER}'] the data begins "
             "again.",
             table="dataloader",
             key="num_streams",

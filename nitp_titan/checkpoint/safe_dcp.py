@@ -1,6 +1,6 @@
 """Checkpoints (DCP) read without running what they contain.
 
-Their ``.metadata`` and each entry that is no tensor are pickles, which torch's own reader and planner load as they
+Their ``.metadata`` and each entry that is not a tensor are pickles, which torch's own reader and planner load as they
 come: whoever wrote a checkpoint could run code where it is read. Here both may hold plain data only.
 """
 
@@ -44,7 +44,7 @@ def _layout(name: str) -> torch.layout:
     return _LAYOUTS[name]
 
 
-# All that metadata is made of, besides types of tensors. Stand-ins for the two that are more than records: a pickle may
+# All types of metadata besides those of tensors. Stand-ins for the two that are more than records: a pickle may
 # set attributes of whatever it names.
 _KNOWN = {
     **{(dcp_metadata.__name__, name): getattr(dcp_metadata, name) for name in dcp_metadata.__all__},
@@ -82,13 +82,13 @@ def _ends(metadata: Metadata) -> dict[str, int]:
 
 
 class _Reader:
-    """What both of torch's readers, of a local and of a remote folder, are changed in."""
+    """Mixin for torch's local and fsspec readers: restricted unpickling, file checks, errors that name the file."""
 
     _file: str | None = None
 
     @cached_property
     def metadata(self) -> Metadata:
-        """What the checkpoint holds; UserError if it cannot be read. Read once, since that of a large model is long."""
+        """The checkpoint's metadata; UserError if it cannot be read. Read once, since a large model has much of it."""
         path = self._get_metadata_path()
         try:
             with self.fs.create_stream(path, "rb") as file:
@@ -182,12 +182,12 @@ def load(
     opened.read_metadata()
     try:
         with warnings.catch_warnings():
-            # That there is no process group may be meant.
+            # A process without a group may be intended.
             warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
             planner = _Planner(allow_partial_load=allow_partial)
             dcp.load(state_dict, storage_reader=opened, planner=planner, no_dist=no_dist)
     except CheckpointException as error:
-        # A missing file, a short one, one that is no archive: each has a type of its own.
+        # A missing file, a short one and one that is not an archive raise different types.
         reason = next(iter(error.failures.values()))[0]
         if isinstance(reason, UserError):
             raise reason from None

@@ -18,7 +18,7 @@ from nitp_titan.objectives.export import TRAINING_PREFIX
 RESOLVED = "resolved.toml"
 """The recipe of a run, in its folder."""
 
-# What a trainer saves beside its model, each name before a dot.
+# Entries that a trainer saves beside its model, by the name before the first dot.
 _OTHER_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 
 

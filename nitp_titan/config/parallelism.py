@@ -81,9 +81,8 @@ def _check_sequence(config) -> None:
     if seq_len % pieces:
         _refuse("training", "seq_len", f"{seq_len} cannot be cut into {pieces} equal pieces (TP {tp}, CP {cp}).")
     if cp > 1 and seq_len % (cp * _MASK_BLOCK):
-        _refuse(
-            "training", "seq_len", f"{seq_len} is no multiple of CP {cp} x {_MASK_BLOCK}, the attention mask's block."
-        )
+        block = f"{cp} x {_MASK_BLOCK}, the attention mask's block"
+        _refuse("training", "seq_len", f"{seq_len} is not a multiple of CP {block}.")
     if isinstance(config.loss, ChunkedLossWrapper.Config) and seq_len % (config.loss.num_chunks * cp):
         _refuse("loss", "num_chunks", f"{config.loss.num_chunks} does not divide a rank's {seq_len} / {cp} positions.")
 

@@ -108,7 +108,7 @@ def schedule(settings: LRSchedulersContainer.Config, training_steps: int) -> str
 
 
 def measured(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The last figure of each kind up to the checkpoint's step, each with its own step; only what the files have."""
+    """The last value of each kind up to the checkpoint's step, each with its own step; only what the files have."""
     names = {
         ("metrics", "tokens"): "tokens",
         ("metrics", "ntp_loss"): "NTP loss, training batch",
@@ -117,14 +117,14 @@ def measured(checkpoint: Checkpoint) -> dict[str, Any]:
         ("metrics", "effective_rank"): "effective rank of the last hidden states",
         ("metrics", "cosine"): "average cosine of the last hidden states",
     }
-    figures = {}
+    values = {}
     for (file, key), title in names.items():
         record = _last_record(checkpoint.run_folder / f"{file}.jsonl", key, checkpoint.step)
         if record is not None:
             value = record[key]
             shown = f"{value:,}" if isinstance(value, int) else f"{value:z.4f}"
-            figures[f"{title}, step {record['step']:,}"] = shown
-    return figures
+            values[f"{title}, step {record['step']:,}"] = shown
+    return values
 
 
 def _last_record(path: Path, key: str, step: int) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from nitp_titan.errors import UserError
 from nitp_titan.export.card import model_card
 from nitp_titan.export.dtypes import DTYPES
 from nitp_titan.models import hf_config, meta_tensors
-from nitp_titan.models.hf_common import require
+from nitp_titan.models.hf_common import require_exact
 from nitp_titan.objectives.export import TRAINING_PREFIX, without_training_weights
 
 MAX_SHARD_SIZE = "5GB"
@@ -47,7 +47,7 @@ _OTHER_TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """A written export."""
 
     folder: Path
     architecture: str
@@ -72,7 +72,7 @@ class Export:
 
     Raises:
         UserError: if the model has no exact home in transformers, the checkpoint is not of its run's model, or the
-            tokenizer is missing, each with the reason; if ``max_shard_size`` is no size.
+            tokenizer is missing, each with the reason; if ``max_shard_size`` is not a size.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Export:
         self.shards = self._sharded(max_shard_size)
 
     def notes(self) -> list[str]:
-        """What a user of the exported model has to know and cannot see."""
+        """Notes for a user of the exported model on properties that its files do not show."""
         tokenizer = self.tokenizer
         if tokenizer.bos_id is None or tokenizer.hf_adds_bos:
             return []
@@ -232,7 +232,7 @@ class Export:
     def _config_json(self) -> dict[str, Any]:
         return {
             **self.settings,
-            # What the model was trained on, not what its rotary embeddings could be computed for.
+            # The length that the model was trained on, not one that its rotary embeddings allow.
             "max_position_embeddings": self.config.training.seq_len,
             # transformers reads the older name as well.
             "torch_dtype": str(self.dtype).removeprefix("torch."),
@@ -256,7 +256,7 @@ def check_last_save(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None
         sources = {name: _named(adapter, name, tensor) for name, tensor in tensors.items()}
         orphans = [n for n in _without_counterpart(sources, settings) if not n.startswith(TRAINING_PREFIX)]
         architecture = settings["architectures"][0]
-        require(not orphans, architecture, f"'{next(iter(orphans), '')}' has no counterpart there")
+        require_exact(not orphans, architecture, f"'{next(iter(orphans), '')}' has no counterpart there")
     except UserError as error:
         reason = f"[checkpoint] last_save_in_hf = true, but {error}"
         raise UserError(reason, table="checkpoint", key="last_save_in_hf") from None

@@ -41,7 +41,7 @@ def active() -> bool:
 
 
 class _CPUModule(types.ModuleType):
-    """What TorchTitan asks of ``torch.cuda``, answered for a CPU."""
+    """The part of ``torch.cuda`` that TorchTitan calls, for a CPU."""
 
     def __init__(self):
         super().__init__("torch.cpu")
@@ -234,7 +234,7 @@ def _float32(experts: type[GroupedExperts]) -> type[GroupedExperts]:
             pass
 
         def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
-            # What torch.compile traces grouped products with takes half precision only.
+            # torch.compile's trace of grouped products takes half precision only.
             if torch.compiler.is_compiling():
                 return super().forward(x_RD, num_tokens_per_expert_E)
             with _KeepFloat32():

@@ -90,7 +90,7 @@ def exit_with(error: UserError) -> NoReturn:
 
     Ranks meet the same mistake together: the first one of a node says it, the others end without a word.
     """
-    # What TorchTitan and libraries say may have several lines.
+    # Messages of TorchTitan and of libraries may have several lines.
     message = redact(" ".join(f"error: {error}".splitlines()))
     tell_torchrun(message)
     sys.exit(message if _first_of_node() else 1)
@@ -104,7 +104,7 @@ def exit_lost() -> NoReturn:
 
 
 def lost_message() -> str:
-    """What a rank says that ends because another one has."""
+    """Message of a rank that ends because another one has ended."""
     return f"rank {os.environ.get('RANK', '0')} ends, because another rank of this run has ended."
 
 

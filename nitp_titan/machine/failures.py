@@ -45,7 +45,7 @@ _STATUS_TEXTS = {
     429: "it asks to wait (429, too many requests); try again later",
 }
 _NO_CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-# What gloo and NCCL say to a rank when another one has gone.
+# Messages of gloo and NCCL on a rank when another one has gone.
 _LOST_RANK_TEXTS = (
     "Connection closed by peer",
     "Connection reset by peer",

@@ -47,7 +47,7 @@ def install() -> None:
 
 @cache
 def install_on_cpu() -> None:
-    """What does not concern a CPU."""
+    """Drops messages that do not concern a CPU."""
     _install(_ON_CPU, _ON_CPU_WARNINGS)
 
 

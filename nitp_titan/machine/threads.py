@@ -7,7 +7,7 @@ _VARIABLE = "OMP_NUM_THREADS"
 
 
 def num_threads() -> int:
-    """What the user set as OMP_NUM_THREADS, else this rank's share of the cores that the process may use."""
+    """The user's OMP_NUM_THREADS, else this rank's share of the cores that the process may use."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if _VARIABLE in os.environ and not (local_ranks > 1 and _set_by_torchrun()):
         # Of nested levels ("4,2") the first.

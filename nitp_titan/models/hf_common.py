@@ -18,28 +18,28 @@ from nitp_titan.errors import UserError
 PURE_ROTATION = {"attention_factor": 1.0}
 
 
-def require(holds: bool, architecture: str, reason: str) -> None:
+def require_exact(holds: bool, architecture: str, reason: str) -> None:
     """Raise UserError, with the reason, unless a transformers class can express a property of the model."""
     if not holds:
         raise UserError(f"this model has no exact home in {architecture}: {reason}.")
 
 
-def agreed(layers: Sequence[Any], of: Callable[[Any], Any], architecture: str, what: str) -> Any:
+def common_value(layers: Sequence[Any], of: Callable[[Any], Any], architecture: str, what: str) -> Any:
     """The value that all layers have; UserError if they differ, for a ``config.json`` holds one."""
     first, *others = [of(layer) for layer in layers]
-    require(all(other == first for other in others), architecture, f"its layers differ in {what}")
+    require_exact(all(other == first for other in others), architecture, f"its layers differ in {what}")
     return first
 
 
 def decoder_config(model: Decoder.Config, architecture: str) -> dict[str, Any]:
-    """What every decoder has: sizes, tied embeddings, epsilon of the norms."""
+    """Settings of every decoder: sizes, tied embeddings, epsilon of the norms."""
     norms = [model.norm] + [norm for layer in model.layers for norm in (layer.attention_norm, layer.ffn_norm)]
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.dim,
         "num_hidden_layers": len(model.layers),
-        "num_attention_heads": agreed(model.layers, lambda layer: layer.attention.n_heads, architecture, "heads"),
-        "rms_norm_eps": agreed(norms, lambda norm: norm.eps, architecture, "the epsilon of their norms"),
+        "num_attention_heads": common_value(model.layers, lambda layer: layer.attention.n_heads, architecture, "heads"),
+        "rms_norm_eps": common_value(norms, lambda norm: norm.eps, architecture, "the epsilon of their norms"),
         "hidden_act": "silu",
         "tie_word_embeddings": model.enable_weight_tying,
     }
@@ -53,8 +53,8 @@ def gqa_config(model: Decoder.Config, architecture: str, *, scaling: dict[str, A
     """
     attention: GQAttention.Config = model.layers[0].attention
     for what in ("n_kv_heads", "head_dim"):
-        agreed(model.layers, lambda layer, what=what: getattr(layer.attention, what), architecture, what)
-    rope = agreed(model.layers, lambda layer: layer.attention.rope, architecture, "rotary embeddings")
+        common_value(model.layers, lambda layer, what=what: getattr(layer.attention, what), architecture, what)
+    rope = common_value(model.layers, lambda layer: layer.attention.rope, architecture, "rotary embeddings")
     return {
         **decoder_config(model, architecture),
         "num_key_value_heads": attention.n_kv_heads or attention.n_heads,
@@ -85,7 +85,7 @@ def leading_dense_layers(model: Decoder.Config, architecture: str) -> int:
     """Number of dense layers before the layers with experts; UserError if they alternate."""
     has_experts = [layer.moe is not None for layer in model.layers]
     dense = has_experts.index(True) if any(has_experts) else len(has_experts)
-    require(all(has_experts[dense:]), architecture, "dense layers follow layers with experts")
+    require_exact(all(has_experts[dense:]), architecture, "dense layers follow layers with experts")
     return dense
 
 
@@ -99,7 +99,7 @@ def experts(model: Decoder.Config, architecture: str) -> MoE.Config:
         "top-k": lambda layer: layer.moe.router.top_k,
         "routing": lambda layer: _routing(layer.moe.router),
     }.items():
-        agreed(layers, of, architecture, what)
+        common_value(layers, of, architecture, what)
     return layers[0].moe
 
 
@@ -116,4 +116,6 @@ def shared_hidden_dim(moe: MoE.Config) -> int:
 def dense_hidden_dim(model: Decoder.Config, architecture: str) -> int:
     """Width of the feed-forward of all dense layers."""
     dense = [layer for layer in model.layers if layer.feed_forward is not None]
-    return agreed(dense, lambda layer: layer.feed_forward.w1.out_features, architecture, "the feed-forward's width")
+    return common_value(
+        dense, lambda layer: layer.feed_forward.w1.out_features, architecture, "the feed-forward's width"
+    )

@@ -1,7 +1,7 @@
-"""What a ``config.json`` means where it is silent: the defaults of the transformers class that it names.
+"""Settings that a ``config.json`` leaves out: the defaults of the transformers class that it names.
 
-Only what the shapes of the tensors do not show. Source: the configuration classes of transformers 5.24; a test compares
-them with the installed ones. Training does not need transformers.
+Only those that the shapes of the tensors do not show. Source: the configuration classes of transformers 5.24; a test
+compares them with the installed ones. Training does not need transformers.
 """
 
 from typing import Any
@@ -84,7 +84,7 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """A ``config.json`` with what its transformers class takes where it says nothing.
+    """A ``config.json`` with its class's defaults where it is silent.
 
     Args:
         settings: of the file; those of a class that is not in the table are returned as they are.

@@ -1,4 +1,4 @@
-"""What a run reads, known by content: the files of its data and of its tokenizer.
+"""The files that a run reads, its data and tokenizer, known by content.
 
 The ranks of a run compare these facts with each other, and a run folder keeps them for the next start.
 """
@@ -103,10 +103,10 @@ class DataChanges:
     """How the data of a run differ from what its folder remembers, in words."""
 
     other: list[str] = field(default_factory=list)
-    """What the state of the data does not fit any more."""
+    """Changes that the state of the data does not fit."""
 
     allowed: list[str] = field(default_factory=list)
-    """What ``--resume`` allows: data that grew at their end, other data to validate on."""
+    """Changes that ``--resume`` allows: data that grew at their end, other validation data."""
 
 
 def compare(before: DataFacts, now: DataFacts, *, shuffle: bool = False, num_streams: int = 1) -> DataChanges:

@@ -1,4 +1,4 @@
-"""What can be known before a trainer exists: a config becomes a plan."""
+"""All checks and decisions before a trainer exists: a config becomes a plan."""
 
 import dataclasses
 import os
@@ -42,10 +42,10 @@ class Plan:
     """All that is decided before a trainer exists."""
 
     config: Trainer.Config
-    """What the trainer builds: model and loss with the objective, the step to load."""
+    """The trainer builds this one: model and loss with the objective, the step to load."""
 
     recorded: Trainer.Config
-    """What the run folder records: the config that was given, with the checkpoint that a new run starts from."""
+    """The run folder records this one: as given, with the checkpoint that a new run starts from."""
 
     resume: ResumePlan
 
@@ -95,7 +95,7 @@ def _plan_start(config: Trainer.Config, spec: ModelSpec) -> ResumePlan:
     check_sources(config)
     if (note := config.nitp.note(config.training.steps)) is not None:
         logger.warning(note)
-    # Built once for all checks, none of which looks at it without checkpoints.
+    # Built once for all checks; a run without checkpoints needs none of them.
     built = overridden(config, spec)
     tensors = meta_tensors(built) if config.checkpoint.enable else {}
     check_run(config, spec, tensors)

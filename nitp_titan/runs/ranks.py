@@ -117,7 +117,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def differences(first: dict[str, Any], mine: dict[str, Any]) -> str:
-    """What a rank has and rank 0 has not, as one short text; empty if they agree."""
+    """Differences of a rank from rank 0, as one short text; empty if they agree."""
     return first_few(
         [
             f"{name} = {setting_repr(value)}, rank 0 has {setting_repr(other)}"

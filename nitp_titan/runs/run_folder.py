@@ -1,6 +1,6 @@
 """A run folder holds one run: the same run resumes there, another one is refused.
 
-What identifies a run is what its recipe says and what its data contain. Everything else (parallelism, batch per rank,
+A run is identified by its recipe and the content of its data. Everything else (parallelism, batch per rank,
 intervals, precision, where the data lie) may change from start to start.
 """
 
@@ -59,7 +59,7 @@ class ResumePlan:
     """Subfolder that TorchTitan has made for this start already; it is made again when the old run is archived."""
 
     message: str = ""
-    """What the log says of it."""
+    """Line for the log."""
 
     initial_load_path: str | None = None
     """The step that `[checkpoint] initial_load_path` names, for a run without checkpoints of its own."""
@@ -68,7 +68,7 @@ class ResumePlan:
     """Whether all steps are done, and the last checkpoint cannot be trained on."""
 
     data: dict[str, Any] | None = None
-    """What the run reads, see `data_facts`."""
+    """Facts on the data, see `data_facts`."""
 
     wandb_id: str = ""
     """Of the run in Weights & Biases, the same at every start."""
@@ -123,7 +123,7 @@ class ResumePlan:
     def write_start(self, config: Trainer.Config, *, documents: list[int | None] | None = None, **facts: Any) -> None:
         """Write ``resolved.toml``, ``resolved.json`` and a line of ``starts.jsonl``. For rank 0 alone.
 
-        ``data.json`` tells of the data of the checkpoints: data of a run that goes on come with their first one.
+        ``data.json`` tells of the data of the checkpoints; a run that resumes adds to it with its first checkpoint.
 
         Args:
             config: the ``NITPTrainer.Config`` that is recorded.
@@ -170,7 +170,7 @@ class ResumePlan:
         """Remember in the run folder that it has a checkpoint, and of what data. For rank 0 alone.
 
         Args:
-            documents: as for `record`.
+            documents: as for `write_start`.
         """
         if self.from_step is not None:
             self._record_data(step, documents, _read_data(self.folder))
@@ -274,7 +274,7 @@ def _check_overwrite(config, places: list[Path], data: dict[str, Any]) -> None:
     """Raise UserError if a folder that ``--overwrite`` may rename holds more than a run.
 
     Args:
-        data: what the run reads, see `data_facts`.
+        data: of the run, see `data_facts`.
     """
     needed = [("the working directory", Path.cwd()), ("this project", recipe.PROJECT), ("your home", Path.home())]
     needed.append(("hf_assets_path", Path(config.hf_assets_path)))
@@ -294,10 +294,10 @@ def _check_overwrite(config, places: list[Path], data: dict[str, Any]) -> None:
 
 
 def _check_data(config, now: dict[str, Any], step: int | None, *, none: bool) -> list[str]:
-    """What ``--resume`` allows of changed data, in words.
+    """The changes of data that ``--resume`` allows, in words.
 
     Args:
-        now: what this start reads, see `data_facts`.
+        now: the data of this start, see `data_facts`.
         step: of the checkpoint that it resumes from; None if that is not known.
 
     Raises:
@@ -323,8 +323,8 @@ def _check_data(config, now: dict[str, Any], step: int | None, *, none: bool) ->
         )
     if found.allowed and (none or not config.resume):
         way_out = "" if none else ", or resume all the same with --resume"
-        said = first_few(found.allowed)
-        raise UserError(f"{folder} holds a run on other data: {said}. {_WAYS_OUT.capitalize()}{way_out}.")
+        differs = first_few(found.allowed)
+        raise UserError(f"{folder} holds a run on other data: {differs}. {_WAYS_OUT.capitalize()}{way_out}.")
     if not begins_again or none:
         return found.allowed
     return [
@@ -403,7 +403,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_data(folder: Path) -> list[dict[str, Any]]:
-    """``[{"first_step", "facts"}, ...]`` of ``data.json``: of which data checkpoints are, the first step first.
+    """``[{"first_step", "facts"}, ...]`` of ``data.json``: the data of the checkpoints from a step on, in order.
 
     Empty if the file is missing or damaged.
     """
@@ -468,7 +468,7 @@ def _places(folder: Path, checkpoints: Path | None) -> list[Path]:
 
 
 def _job() -> str | None:
-    """What tells this job from others, and its restarts do not change."""
+    """Identity of this job, the same after a restart."""
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
 
 

@@ -2,7 +2,7 @@
 
 Every step's loss and gradients are summed up in one small tensor, which the host reads before clipping and optimizer.
 That wait costs little: TorchTitan's copies of the inputs to the device block, so that the host never runs ahead by more
-than a step anyway. What it adds is that clipping and optimizer are launched when the backward pass is done.
+than a step anyway. Only the launch of clipping and optimizer waits for the backward pass.
 """
 
 import math
@@ -62,7 +62,7 @@ class BadModule(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank saw of a bad step."""
+    """Facts of one rank on a bad step."""
 
     losses: dict[str, float] = field(default_factory=dict)
     """This rank's share of the global mean, by part: ntp, and nitp if it is trained; empty without a loss."""
@@ -251,7 +251,7 @@ def _norms(tensors: list[Tensor]) -> Tensor:
 
 
 def _share(parameter: nn.Parameter) -> float:
-    """What a local square counts in the sum over ranks: replicated numbers are there several times."""
+    """Weight of a local square in the sum over ranks, where replicated numbers appear several times."""
     if not isinstance(parameter, DTensor):
         return 1.0
     sizes = zip(parameter.device_mesh.shape, parameter.placements)

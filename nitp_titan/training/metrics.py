@@ -159,7 +159,7 @@ class NITPMetrics(MetricsProcessor):
 
     def log_skipped_validation(self, step: int, reason: str) -> None:
         """Record that a validation was left out, and why."""
-        # As after a validation: what was read and waited for is no part of training's speed.
+        # As after a validation: this time is not part of training's speed.
         self.ntokens_since_last_log, self.time_last_log = 0, time.perf_counter()
         if self.console is not None:
             self.validation_file.append({"step": step, "skipped": reason})

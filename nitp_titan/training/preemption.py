@@ -51,7 +51,7 @@ class PreemptionSignal:
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.reason = "a signal to another rank"
-        """What stopped the run, as messages say it."""
+        """Cause of the stop, in the words of messages."""
         self.number = signal.SIGTERM
         """The signal, as far as this rank knows."""
         self._group = group

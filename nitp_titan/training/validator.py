@@ -23,7 +23,7 @@ from nitp_titan.runs.ranks import largest
 TABLE = "validator.dataloader"
 # Seconds between tries of a source that does not answer, in one validation; about a minute together.
 PAUSES = (1, 2, 4, 8, 16, 32)
-# What a rank has for the next batch. The largest of all ranks is what happens.
+# States of a rank before the next batch; all ranks do what the largest one asks for.
 _ENDED, _FOUND, _AWAY, _STOPPED = range(4)
 
 Batches = tuple[dict[str, Tensor], Tensor]
@@ -54,7 +54,7 @@ class NITPValidator(Validator):
         be finite."""
 
         def __post_init__(self) -> None:
-            # Not TorchTitan's, which asserts of `steps` what `ranges` says in one line, for flags too.
+            # Instead of TorchTitan's, which asserts on `steps`; the constraints of `config` have one line for that.
             if self.enable and self.steps == -1 and getattr(self.dataloader, "infinite", False):
                 raise UserError(
                     f"[{TABLE}] infinite = true, but [validator] steps = -1 validates all the data, which must end.",
@@ -203,7 +203,7 @@ class ValidationData:
             self._loader = None
 
     def _next(self, pauses: Iterator[float]) -> tuple[int, Batches | None, str]:
-        """What this rank has, its batch and why there is none."""
+        """State of this rank, its batch, and the reason if it has none."""
         while not self.told_to_stop():
             try:
                 if self._iterator is None:
@@ -221,7 +221,7 @@ class ValidationData:
         return _STOPPED, None, ""
 
     def _open(self) -> BaseDataLoader:
-        """The loader, which goes on after the last batch that it gave."""
+        """The loader, which continues after the last batch that it gave."""
         if self._loader is None:
             table = {"table": TABLE} if isinstance(self.config, TextDataLoader.Config) else {}
             self._loader = self.config.build(**self._options, **table)

@@ -160,7 +160,7 @@ REFUSED = {
     "experts": ("moe/ntp_3b_a0.5b", 32, "expert_parallel_degree = 32", "32 does not divide the model's 144 experts"),
     "no experts": ("dense/ntp_3b", 8, "expert_parallel_degree = 8", "3B has no experts"),
     "expert ranks": ("moe/ntp_3b_a0.5b", 8, "expert_parallel_degree = 16", "16 does not divide the 8 ranks"),
-    "sequence": ("dense/ntp_3b", 128, "context_parallel_degree = 128", "8192 is no multiple of CP 128 x 128"),
+    "sequence": ("dense/ntp_3b", 128, "context_parallel_degree = 128", "8192 is not a multiple of CP 128 x 128"),
     "batch": ("moe/ntp_1.9b_a0.3b", 96, "tensor_parallel_degree = 1", "the ranks themselves do not divide it"),
     "local batch": (
         "moe/ntp_1.9b_a0.3b",

@@ -206,7 +206,7 @@ def test_a_stop_gradient_that_would_cross_ranks_is_refused(files):
         ("[parallelism]\ntensor_parallel_degree = 2", 1, "needs tensor 2 = 2 ranks or a multiple, but there are 1"),
         ("[parallelism]\ndata_parallel_shard_degree = 2", 4, "needs shard 2 = 2 ranks, but there are 4"),
         ("[loss]\nnum_chunks = 3", 1, r"\[loss\] num_chunks = 3 does not divide a rank's 128 / 1 positions"),
-        ("[parallelism]\ncontext_parallel_degree = 4", 4, "seq_len = 128 is no multiple of CP 4 x 128"),
+        ("[parallelism]\ncontext_parallel_degree = 4", 4, "seq_len = 128 is not a multiple of CP 4 x 128"),
     ],
 )
 def test_a_layout_that_does_not_fit_the_ranks_is_refused(files, machine, num_ranks, message):

@@ -5,12 +5,12 @@ from typing import Any
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 
 from nitp_titan.models.hf_common import (
-    agreed,
+    common_value,
     decoder_config,
     dense_hidden_dim,
     experts,
     leading_dense_layers,
-    require,
+    require_exact,
     rope_config,
     shared_hidden_dim,
 )
@@ -35,12 +35,12 @@ def hf_config(model: DeepSeekV3Model.Config) -> dict[str, Any]:
 def _attention_config(model: DeepSeekV3Model.Config) -> dict[str, Any]:
     names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "mscale", "rope")
     values = {
-        name: agreed(model.layers, lambda layer, name=name: getattr(layer.attention, name), _ARCHITECTURE, name)
+        name: common_value(model.layers, lambda layer, name=name: getattr(layer.attention, name), _ARCHITECTURE, name)
         for name in names
     }
     for layer in model.layers:
         norms = [layer.attention.kv_norm] + ([layer.attention.q_norm] if values["q_lora_rank"] else [])
-        require(
+        require_exact(
             all(norm.eps == LATENT_EPS for norm in norms),
             _ARCHITECTURE,
             f"the epsilon of its latent norms is {norms[0].eps:g}, there it is always {LATENT_EPS:g}",
@@ -59,9 +59,10 @@ def _attention_config(model: DeepSeekV3Model.Config) -> dict[str, Any]:
 def _experts_config(model: DeepSeekV3Model.Config) -> dict[str, Any]:
     moe, dense = experts(model, _ARCHITECTURE), leading_dense_layers(model, _ARCHITECTURE)
     router, width = moe.router, moe.routed_experts.inner_experts.hidden_dim
-    require(router.score_func == "sigmoid", _ARCHITECTURE, f"it routes with a {router.score_func}")
+    require_exact(router.score_func == "sigmoid", _ARCHITECTURE, f"it routes with a {router.score_func}")
     shared = shared_hidden_dim(moe)
-    require(shared > 0 and shared % width == 0, _ARCHITECTURE, "its shared expert is no multiple of a routed one")
+    multiple = shared > 0 and shared % width == 0
+    require_exact(multiple, _ARCHITECTURE, "its shared expert is not a multiple of a routed one")
     return {
         "intermediate_size": dense_hidden_dim(model, _ARCHITECTURE) if dense else width,
         "moe_intermediate_size": width,

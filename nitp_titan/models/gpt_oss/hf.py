@@ -5,10 +5,10 @@ from typing import Any
 from torchtitan.models.gpt_oss import GptOssModel
 
 from nitp_titan.models.hf_common import (
-    agreed,
+    common_value,
     experts,
     gqa_config,
-    require,
+    require_exact,
     shared_hidden_dim,
 )
 
@@ -28,7 +28,7 @@ def hf_config(model: GptOssModel.Config) -> dict[str, Any]:
         (router.route_scale == 1, f"the weights of a token's experts are scaled by {router.route_scale}"),
         (not router.num_expert_groups, "its routing is limited to groups of experts"),
     ):
-        require(holds, _ARCHITECTURE, reason)
+        require_exact(holds, _ARCHITECTURE, reason)
     return {
         "architectures": [_ARCHITECTURE],
         "model_type": "gpt_oss",
@@ -38,7 +38,9 @@ def hf_config(model: GptOssModel.Config) -> dict[str, Any]:
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": router.top_k,
         "swiglu_limit": moe.routed_experts.inner_experts.swiglu_limit,
-        "sliding_window": agreed(sliding, lambda window: window, _ARCHITECTURE, "their windows") if sliding else None,
+        "sliding_window": common_value(sliding, lambda window: window, _ARCHITECTURE, "their windows")
+        if sliding
+        else None,
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
         "attention_bias": True,
     }

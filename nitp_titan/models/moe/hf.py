@@ -13,7 +13,7 @@ from nitp_titan.models.hf_common import (
     experts,
     gqa_config,
     leading_dense_layers,
-    require,
+    require_exact,
     shared_hidden_dim,
 )
 
@@ -34,9 +34,9 @@ def hf_config(model: Qwen3Model.Config) -> dict[str, Any]:
         (router.route_norm, "the weights of a token's experts are not normalised (route_norm = False)"),
         (router.route_scale == 1, f"the weights of a token's experts are scaled by {router.route_scale}"),
         (not router.num_expert_groups, "its routing is limited to groups of experts"),
-        (shared_hidden_dim(moe) % width == 0, "its shared expert is no multiple of a routed one"),
+        (shared_hidden_dim(moe) % width == 0, "its shared expert is not a multiple of a routed one"),
     ):
-        require(holds, _ARCHITECTURE, reason)
+        require_exact(holds, _ARCHITECTURE, reason)
     return {
         "architectures": [_ARCHITECTURE],
         "model_type": "ernie4_5_moe",

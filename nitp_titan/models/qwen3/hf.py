@@ -10,7 +10,7 @@ from nitp_titan.models.hf_common import (
     gqa_config,
     leading_dense_layers,
     PURE_ROTATION,
-    require,
+    require_exact,
     shared_hidden_dim,
 )
 
@@ -26,8 +26,8 @@ def hf_config(model: Qwen3Model.Config) -> dict[str, Any]:
         "attention_bias": False,
     }
     attention = model.layers[0].attention
-    require(attention.qk_norm is not None, architecture, "it does not normalise queries and keys")
-    require(attention.qk_norm.eps == config["rms_norm_eps"], architecture, "its norms differ in their epsilon")
+    require_exact(attention.qk_norm is not None, architecture, "it does not normalise queries and keys")
+    require_exact(attention.qk_norm.eps == config["rms_norm_eps"], architecture, "its norms differ in their epsilon")
     if not has_experts:
         return config | {"intermediate_size": dense_hidden_dim(model, architecture)}
     return config | _experts_config(model, architecture)
@@ -42,7 +42,7 @@ def _experts_config(model: Qwen3Model.Config, architecture: str) -> dict[str, An
         (not router.num_expert_groups, "its routing is limited to groups of experts"),
         (shared_hidden_dim(moe) == 0, "it has shared experts"),
     ):
-        require(holds, architecture, reason)
+        require_exact(holds, architecture, reason)
     return {
         "intermediate_size": dense_hidden_dim(model, architecture) if dense else width,
         "moe_intermediate_size": width,
