@@ -7,6 +7,7 @@ the files ``out`` and ``err``. Every process is a fork of this one and ends as P
 are ended, as torchrun does. Writes a line with the list of their exit statuses.
 """
 
+import ctypes
 import gc
 import importlib
 import json
@@ -39,6 +40,12 @@ def preload(names: list[str]) -> None:
     others = sorted(names)
     others.remove(Path("/proc/self/comm").read_text().strip())
     assert set(others) <= {"jemalloc_bg_thd"}, others
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it has ended, for example by Ctrl-C in pytest."""
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def launch(request: dict) -> list[int] | None:
@@ -74,6 +81,7 @@ def _end(processes: dict[int, int], number: int) -> None:
 
 def become(request: dict, environment: dict[str, str]) -> None:
     """Make this fork look like a new process: its files, folder, variables, arguments and search path."""
+    end_with_parent()
     for path, descriptor, flags in (
         (os.devnull, 0, os.O_RDONLY),
         (request["out"], 1, os.O_WRONLY | os.O_APPEND),
@@ -102,6 +110,7 @@ def become(request: dict, environment: dict[str, str]) -> None:
 
 def serve() -> list[str] | None:
     """Answer requests until there is none; in a process of a request: the arguments that it was started with."""
+    end_with_parent()
     preload(COMMON)
     for line in sys.stdin:
         request = json.loads(line)
