@@ -50,14 +50,14 @@ def check(pairs: Iterable[tuple[Path, Path]]) -> Iterator[dict[str, Any]]:
     """Check recipes on train configs, two at a time.
 
     Yields:
-        In the order of ``pairs``, the figures of one check: see `_figures`, or ``"error"`` with
-        the reason in one line, and always ``recipe``, ``train_config``, ``seconds`` and ``memory_gib``.
+        In the order of ``pairs``, the result of one check: see `_result`, or ``"error"`` with the reason in one
+        line, and always ``recipe``, ``train_config``, ``seconds`` of the processor and ``memory_gib``.
 
     Raises:
         RuntimeError: in a process that has a process group, which the fake world of a check would inherit.
     """
     if dist.is_initialized():
-        raise RuntimeError("dry_run.check needs a process without a torch.distributed process group.")
+        raise RuntimeError("meta_check.check needs a process without a torch.distributed process group.")
     jobs = [[Job(*pair, rank) for rank in _first_ranks(*pair)] for pair in pairs]
     cpu.install()
     # What a run would warn of is no news here.
@@ -82,7 +82,7 @@ def _first_ranks(recipe_path: Path, train_config: Path) -> list[int]:
 
 
 def _merged(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of the stage whose ranks hold most, or the first error."""
+    """The result of the stage whose ranks hold most, or the first error."""
     failed = [stage for stage in stages if "error" in stage]
     merged = dict(failed[0] if failed else max(stages, key=lambda stage: stage["rank_parameters"]))
     for effort in ("seconds", "memory_gib"):
@@ -91,19 +91,19 @@ def _merged(stages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _run(job: Job) -> dict[str, Any]:
-    start = time.perf_counter()
+    start = time.process_time()
     result: dict[str, Any] = {"recipe": str(job.recipe), "train_config": str(job.train_config)}
     try:
-        result |= _figures(job)
+        result |= _result(job)
     except (ValueError, NotImplementedError, AssertionError) as error:
         # Ours, or TorchTitan's own refusal of a layout.
         result["error"] = " ".join(str(error).split()) or type(error).__name__
-    result["seconds"] = time.perf_counter() - start
+    result["seconds"] = time.process_time() - start
     result["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return result
 
 
-def _figures(job: Job) -> dict[str, Any]:
+def _result(job: Job) -> dict[str, Any]:
     config = load_config(job.recipe, job.train_config)
     machine, training = config.machine, config.training
     check_parallelism(config, machine.num_ranks)

@@ -23,7 +23,7 @@ def test_the_debug_model_learns_on_one_rank(tmp_path, recipe):
 
 def _expert_loads(folder, coefficient) -> torch.Tensor:
     """Tokens of each expert, [layers, steps, experts], over 50 steps of the debug recipe on real text."""
-    training = {"steps": 50, "local_batch_size": 16, "global_batch_size": 16, "max_norm": 1.0}
+    training = {"steps": 50, "local_batch_size": 8, "global_batch_size": 8, "max_norm": 1.0}
     settings = {"training": training, "lr_scheduler": {"warmup_steps": 64, "total_steps": 320}}
     config = make_config(folder, recipe="debug/nitp_moe_debug", generated_data=False, **settings)
     moes = [layer.moe for layer in config.model_spec.model.layers if layer.moe is not None]
