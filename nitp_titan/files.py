@@ -6,6 +6,9 @@ import json
 import logging
 import os
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +37,16 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def draft_of(folder: Path) -> Iterator[Path]:
+    """An empty draft of a folder, beside it: to fill and to rename to it. What is left of it at the end is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        draft = Path(scratch) / folder.name
+        draft.mkdir()
+        yield draft
 
 
 def free_path(path: Path) -> Path:
@@ -102,6 +115,19 @@ def archive(path: Path) -> Path:
         raise UserError(f"{path} cannot be renamed to {archived}: {error.strerror}.") from None
 
 
+def lock(file: TextIO) -> None:
+    """Lock an open file for this process, as long as it is open.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+        OSError: if the file system cannot lock.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except PermissionError as error:
+        raise BlockingIOError(error.errno, error.strerror) from None
+
+
 # POSIX locks are released when any descriptor of the file is closed, so one is kept open per folder.
 _held: dict[Path, TextIO] = {}
 
@@ -119,8 +145,8 @@ def hold(folder: Path) -> None:
         return
     file = path.open("a+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        lock(file)
+    except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"
         raise UserError(f"{folder} is in use: {holder} trains there. End it first.") from None

@@ -4,7 +4,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 
 from nitp_titan.errors import at
 from nitp_titan.files import free_path, write_atomically
@@ -21,7 +21,7 @@ class StepFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._stream = None
+        self._stream: TextIO | None = None
 
     def resume(self, step: int) -> None:
         """Continue the file after ``step``; later lines are of steps that will be run again."""
@@ -29,11 +29,11 @@ class StepFile:
             return
         parsed, _ = _parsed(self.path.read_bytes())
         write_atomically(self.path, "".join(line for record, line in parsed if record["step"] <= step))
-        self._open("a")
+        self._stream = self._open("a")
 
     def append(self, record: dict[str, float]) -> None:
         if self._stream is None:
-            self._open("w")
+            self._stream = self._open("w")
         with at(self.path):
             self._stream.write(json.dumps(record) + "\n")
             self._stream.flush()
@@ -42,9 +42,9 @@ class StepFile:
         if self._stream is not None:
             self._stream.close()
 
-    def _open(self, mode: str) -> None:
+    def _open(self, mode: Literal["a", "w"]) -> TextIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open(mode)
+        return self.path.open(mode)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

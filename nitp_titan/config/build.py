@@ -19,6 +19,7 @@ from torchtitan.trainer import Trainer
 from nitp_titan.config.constraints import OPTIMIZER_CONSTRAINTS
 from nitp_titan.config.recipe import Settings
 from nitp_titan.config.refusals import upstream_refusals
+from nitp_titan.config.tables import default_of
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.tokenizer import CachedTokenizer
 from nitp_titan.errors import did_you_mean, nearest_choice, short_repr, UserError
@@ -72,14 +73,12 @@ def _defaults(spec: ModelSpec, config_class: type[Trainer.Config]) -> dict[str, 
         "loss": ChunkedLossWrapper.Config(loss_fn=cross_entropy),
         "dataloader": TextDataLoader.Config(),
         "validator": dataclasses.replace(
-            fields["validator"].default_factory(), dataloader=TextDataLoader.Config(infinite=False), steps=10
+            default_of(fields["validator"]), dataloader=TextDataLoader.Config(infinite=False), steps=10
         ),
         "tokenizer": CachedTokenizer.Config(),
     }
     elsewhere = ("model", "model_spec", *_TOP_KEYS, *_FLAGS)
-    return {
-        name: chosen.get(name) or field.default_factory() for name, field in fields.items() if name not in elsewhere
-    }
+    return {name: chosen.get(name) or default_of(field) for name, field in fields.items() if name not in elsewhere}
 
 
 def _section(settings: Settings, name: str, default: Any) -> Any:
@@ -171,10 +170,9 @@ def _converted(value: Any, hint: Any, place: str) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        options = get_args(hint)
-        if type(None) in options and value == _NONE:
+        if type(None) in get_args(hint) and value == _NONE:
             return None
-        options = [option for option in options if option is not type(None)]
+        options = [option for option in get_args(hint) if option is not type(None)]
         for option in options:
             try:
                 return _converted(value, option, place)
@@ -200,7 +198,7 @@ def _converted(value: Any, hint: Any, place: str) -> Any:
     elif origin is tuple:
         if isinstance(value, list) and len(value) == len(get_args(hint)):
             return tuple(_converted(entry, item, place) for entry, item in zip(value, get_args(hint)))
-    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _record(value, hint, place)
     suggestion = did_you_mean(str(value), [str(choice) for choice in get_args(hint)]) if origin is Literal else ""
     raise UserError(f"{place} = {short_repr(value)}, but it must be {_type_name(hint)}.{suggestion}")

@@ -1,5 +1,6 @@
 """Tables of settings, as TOML has them: one by one, flat by name, and how two differ. Imports no torch."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,11 @@ def _add_leaves(found: dict[str, Any], name: str, value: Any) -> None:
             _add_leaves(found, f"{name}[{index}]", entry)
     else:
         found[name] = value
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """Default of a field of a dataclass that has one."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def changes(before: Tables, now: Tables) -> dict[str, list[Any]]:

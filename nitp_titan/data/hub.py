@@ -5,10 +5,10 @@ Only the files of the tokenizer: the configuration and the weights beside them b
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from nitp_titan.errors import first_line, nearest_choice, UserError
+from nitp_titan.files import draft_of
 
 TOKENIZERS = {
     # Apache-2.0. 151,646 tokens; its models, and the paper's, have 152,064 rows.
@@ -62,10 +62,8 @@ def download_tokenizer(name: str, out: Path) -> dict:
     if origin is not None:
         return {"folder": folder, **origin, "new": False}
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out) as scratch:
-            draft = Path(scratch) / folder.name
-            origin = {"repository": repo, "commit": _fetch(repo, Path(scratch) / "hub", draft)}
+        with draft_of(folder) as draft:
+            origin = {"repository": repo, "commit": _fetch(repo, draft.with_name("hub"), draft)}
             (draft / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
             describe(draft)
             draft.rename(folder)
@@ -90,8 +88,8 @@ def _origin(folder: Path, repo: str) -> dict | None:
     return origin
 
 
-def _fetch(repo: str, cache: Path, draft: Path) -> str:
-    """Fetch the files of one commit into ``draft``; returns the commit."""
+def _fetch(repo: str, cache: Path, draft: Path) -> str | None:
+    """Fetch the files of one commit into ``draft``; returns the commit, None where the hub does not name it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import RemoteEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -100,7 +98,6 @@ def _fetch(repo: str, cache: Path, draft: Path) -> str:
     logging.set_verbosity_error()
     token = hub_token()
     commit = get_hf_file_metadata(hf_hub_url(repo, "tokenizer.json"), token=token).commit_hash
-    draft.mkdir()
     for file, required in _FILES.items():
         try:
             path = hf_hub_download(repo, file, revision=commit, local_dir=cache, token=token)

@@ -23,13 +23,13 @@ from nitp_titan.data.packing import (
 )
 from nitp_titan.data.sources import (
     check_source,
+    configured_sources,
+    ConfiguredSource,
     described,
     how_to_make,
     is_streamed,
     left_out,
     open_source,
-    Place,
-    places_of,
     shared_text,
     tokens_of,
 )
@@ -106,17 +106,17 @@ class TextDataLoader(ParallelAwareDataloader):
                 f"[dataloader] num_streams = {num_streams} is not a multiple of {dp_world_size} data-parallel ranks: "
                 f"for [{table}], each of them also reads and tokenizes the streams of other ranks."
             )
-        places = places_of(config, table)
-        opened = [_opened(place, tokenizer) for place in places]
+        entries = configured_sources(config, table)
+        opened = [_opened(entry, tokenizer) for entry in entries]
         self.num_documents = [len(data) if isinstance(data, Dataset) else None for data, _ in opened]
         """Of every source; None for a streamed one."""
-        for place, (documents, _) in zip(places, opened):
-            logger.info(f"[{place.table}] {described(place, documents)}")
-            if dp_rank == 0 and (others := left_out(place)):
-                logger.warning(f"[{place.table}] {others}")
+        for entry, (documents, _) in zip(entries, opened):
+            logger.info(f"[{entry.table}] {described(entry, documents)}")
+            if dp_rank == 0 and (others := left_out(entry)):
+                logger.warning(f"[{entry.table}] {others}")
 
         def open_streams(source: int, states: dict[int, dict[str, Any] | None]) -> dict[int, Stream]:
-            place, (data, encode) = places[source], opened[source]
+            entry, (data, encode) = entries[source], opened[source]
             begun = {stream: state and state["document"] for stream, state in states.items()}
             documents = open_documents(data, begun, num_streams, shuffle=config.shuffle)
 
@@ -127,8 +127,8 @@ class TextDataLoader(ParallelAwareDataloader):
                     encode,
                     seq_len=seq_len,
                     infinite=config.infinite,
-                    name=place.name + part,
-                    empty=place.error("dataset_path", f" = '{place.name}'{part} holds no text."),
+                    name=entry.name + part,
+                    empty=entry.error("dataset_path", f" = '{entry.name}'{part} holds no text."),
                     state=states[stream],
                 )
 
@@ -141,7 +141,7 @@ class TextDataLoader(ParallelAwareDataloader):
         super().__init__(
             PackedText(
                 open_streams,
-                weights=[place.source.weight for place in places],
+                weights=[entry.source.weight for entry in entries],
                 seed=config.seed,
                 num_streams=num_streams,
                 seq_len=seq_len,
@@ -209,12 +209,14 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _opened(place: Place, tokenizer: BaseTokenizer) -> tuple[Dataset | IterableDataset | TextStream, Callable]:
-    """Documents of a source, and what gives the tokens of one."""
-    if place.source.dataset == TOKENS:
-        folder = TokenFolder(place)
+def _opened(
+    entry: ConfiguredSource, tokenizer: BaseTokenizer
+) -> tuple[Dataset | IterableDataset | TextStream, Callable]:
+    """Documents of a source, and the function that gives the tokens of one."""
+    if entry.source.dataset == TOKENS:
+        folder = TokenFolder(entry)
         return folder.documents(), folder.tokens_of
-    return open_source(place), partial(tokens_of, place=place, tokenizer=tokenizer)
+    return open_source(entry), partial(tokens_of, entry=entry, tokenizer=tokenizer)
 
 
 def check_sources(config) -> None:
@@ -232,15 +234,16 @@ def check_sources(config) -> None:
     for table, source in sources.items():
         if isinstance(source, TextDataLoader.Config):
             check_dataset(source, table)
-            for place in places_of(source, table):
-                if place.source.dataset == TOKENS:
-                    check_tokenizer(place, config.hf_assets_path)
+            for entry in configured_sources(source, table):
+                if entry.source.dataset == TOKENS:
+                    check_tokenizer(entry, config.hf_assets_path)
     _warn_of_shared_text(sources)
 
 
 def _warn_of_shared_text(sources: dict[str, Any]) -> None:
-    places = [places_of(given, table) for table, given in sources.items() if isinstance(given, TextDataLoader.Config)]
-    if len(places) == 2 and (name := shared_text(*places)) and os.environ.get("RANK", "0") == "0":
+    configs = {table: given for table, given in sources.items() if isinstance(given, TextDataLoader.Config)}
+    entries = [configured_sources(config, table) for table, config in configs.items()]
+    if len(entries) == 2 and (name := shared_text(*entries)) and os.environ.get("RANK", "0") == "0":
         logger.warning(
             f"[validator.dataloader] reads '{name}', which [dataloader] trains on: its losses are not of new text."
         )
@@ -258,11 +261,11 @@ def check_dataset(config: TextDataLoader.Config, table: str = "dataloader") -> N
             table=table,
             key="num_workers",
         )
-    for place in places_of(config, table):
-        check_source(place)
-        if config.shuffle and is_streamed(place.source):
+    for entry in configured_sources(config, table):
+        check_source(entry)
+        if config.shuffle and is_streamed(entry.source):
             raise UserError(
-                f"[{table}] shuffle = true, but '{place.name}' is streamed, and only an indexed source can be shuffled "
+                f"[{table}] shuffle = true, but '{entry.name}' is streamed, and only an indexed source can be shuffled "
                 "and resumed exactly: set its streaming = false, or tokenize it (scripts/tokenize_data.py).",
                 table=table,
                 key="shuffle",

@@ -76,7 +76,7 @@ def open_documents(
             for stream, state in states.items()
         }
     groups = num_file_groups(source.num_shards, num_streams)
-    documents = {}
+    documents: dict[int, IndexedDocuments | StreamedDocuments] = {}
     for group in {stream % groups for stream in states}:
         own = {stream: state for stream, state in states.items() if stream % groups == group}
         # A data set of its own, that knows of no state loaded before.
@@ -158,13 +158,14 @@ class Reading:
         # Of each stream, documents with the state after them; None is the end of an epoch.
         self._waiting: dict[int, deque[tuple[dict[str, Any], dict[str, Any]] | None]] = {s: deque() for s in states}
         # Epoch and number of the document from which on each stream reads.
-        self._from = {
+        self._from: dict[int, tuple[int, int]] = {
             stream: (state["epoch"], state["read"]["number"] if state["read"] else 0) if state else (0, 0)
             for stream, state in states.items()
         }
         last = min(states, key=self._from.__getitem__)
         self._epoch, self._number = self._from[last]
-        self._rows: Iterator[dict[str, Any]] | None = self._pass(states[last] and states[last]["read"])
+        state = states[last]
+        self._rows: Iterator[dict[str, Any]] | None = self._pass(state["read"] if state else None)
 
     def _pass(self, read: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         # A state that was loaded counts for its own epoch only.

@@ -6,9 +6,9 @@ from typing import Any, TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset, load_dataset
 
+from nitp_titan.data.configured_source import ConfiguredSource
 from nitp_titan.data.hub import TOKENIZERS, without_download_counts
 from nitp_titan.data.mixtures import MIXTURES, TextSource
-from nitp_titan.data.places import Place
 from nitp_titan.data.text_files import (
     find_files,
     how_to_name,
@@ -31,7 +31,7 @@ LOCAL = ("json", "parquet")
 _SOURCE_KEYS = [field.name for field in dataclasses.fields(TextSource) if field.name != "weight"]
 
 
-def places_of(config, table: str) -> list[Place]:
+def configured_sources(config, table: str) -> list[ConfiguredSource]:
     """Sources of a ``TextDataLoader.Config``, given in one of three ways; UserError if they are given in two."""
     _check_one_way(config, table)
     if config.mixture is not None:
@@ -40,8 +40,8 @@ def places_of(config, table: str) -> list[Place]:
     elif config.sources:
         prefix, key, sources = "sources[{}].", "sources", config.sources
     else:
-        return [Place(TextSource(**{key: getattr(config, key) for key in _SOURCE_KEYS}), table)]
-    return [Place(source, table, key, prefix.format(index)) for index, source in enumerate(sources)]
+        return [ConfiguredSource(TextSource(**{key: getattr(config, key) for key in _SOURCE_KEYS}), table)]
+    return [ConfiguredSource(source, table, key, prefix.format(index)) for index, source in enumerate(sources)]
 
 
 def _check_one_way(config, table: str) -> None:
@@ -62,39 +62,39 @@ def _check_one_way(config, table: str) -> None:
         )
 
 
-def check_source(place: Place) -> None:
+def check_source(entry: ConfiguredSource) -> None:
     """Raise UserError unless a source is well named and its local files begin with a document; touches no network."""
-    source = place.source
+    source = entry.source
     if not 0 < source.weight < float("inf"):
-        raise place.error("weight", f" = {source.weight!r}, but it must be a finite number above 0.")
+        raise entry.error("weight", f" = {source.weight!r}, but it must be a finite number above 0.")
     if not source.text_field:
-        raise place.error("text_field", f" = {source.text_field!r} names no field.")
+        raise entry.error("text_field", f" = {source.text_field!r} names no field.")
     if source.dataset in LOCAL:
-        _check_files(place)
+        _check_files(entry)
     elif source.dataset == TOKENS:
-        check_tokens(place)
+        check_tokens(entry)
     elif "/" not in source.dataset:
-        raise place.error(
+        raise entry.error(
             "dataset",
             f" = '{source.dataset}' is neither 'json' nor 'parquet' nor '{TOKENS}' nor a Hugging Face dataset "
             f"'owner/name'.{nearest_choice(source.dataset, [*LOCAL, TOKENS])}",
         )
 
 
-def _check_files(place: Place) -> None:
-    source = place.source
+def _check_files(entry: ConfiguredSource) -> None:
+    source = entry.source
     if not source.dataset_path:
-        raise place.error("dataset_path", f" is missing: dataset = '{source.dataset}' needs a file, folder or pattern.")
+        raise entry.error("dataset_path", f" is missing: dataset = '{source.dataset}' needs a file, folder or pattern.")
     files = local_files(source.dataset_path, source.dataset)
     if not files:
         how = how_to_name(source.dataset_path, source.dataset) or how_to_make(source.dataset_path)
-        raise place.error("dataset_path", f" = '{source.dataset_path}' names no file.{how}")
+        raise entry.error("dataset_path", f" = '{source.dataset_path}' names no file.{how}")
     try:
-        firsts = [next(read_file(file, place.fields, kind=source.dataset), None) for file in files]
+        firsts = [next(read_file(file, entry.fields, kind=source.dataset), None) for file in files]
     except TextError as error:
-        raise place.text_error(error) from None
+        raise entry.text_error(error) from None
     if not any(firsts):
-        raise place.error("dataset_path", f" = '{source.dataset_path}' holds no document.")
+        raise entry.error("dataset_path", f" = '{source.dataset_path}' holds no document.")
 
 
 def local_files(path: str, kind: str = "json") -> list[str]:
@@ -109,20 +109,20 @@ def is_streamed(source: TextSource) -> bool:
     return source.streaming
 
 
-def open_source(place: Place) -> Dataset | IterableDataset | TextStream:
+def open_source(entry: ConfiguredSource) -> Dataset | IterableDataset | TextStream:
     """The data set of a source of text, indexed or streamed; UserError if it cannot be opened.
 
     Local files are read whole where they are indexed, so that each of their documents is known to be a text.
     """
-    source, path, streaming = place.source, place.name, is_streamed(place.source)
+    source, path, streaming = entry.source, entry.name, is_streamed(entry.source)
     if source.dataset in LOCAL:
         files = local_files(path, source.dataset)
         if streaming:
-            return TextStream(files, place.fields, source.dataset, error=place.text_error)
+            return TextStream(files, entry.fields, source.dataset, error=entry.text_error)
         try:
-            return indexed(files, place.fields, source.dataset)
+            return indexed(files, entry.fields, source.dataset)
         except TextError as error:
-            raise place.text_error(error) from None
+            raise entry.text_error(error) from None
     without_download_counts()
     try:
         return load_dataset(path, name=source.subset, split=source.split, streaming=streaming)
@@ -131,50 +131,50 @@ def open_source(place: Place) -> Dataset | IterableDataset | TextStream:
             raise gone from error
         # `datasets` raises many types here; what is not the machine's means that what the config names is wrong.
         what = f" = '{path}' (subset {source.subset!r}, split {source.split!r}) could not be opened"
-        wrong = place.error("dataset", f"{what}: {type(error).__name__}: {first_line(error)}")
+        wrong = entry.error("dataset", f"{what}: {type(error).__name__}: {first_line(error)}")
         raise surroundings(error, path, network=False) or wrong from error
 
 
-def described(place: Place, documents: Dataset | IterableDataset | TextStream) -> str:
+def described(entry: ConfiguredSource, documents: Dataset | IterableDataset | TextStream) -> str:
     """What is read of a source, in words: files, documents, or bytes where it is streamed."""
-    source, counts = place.source, []
+    source, counts = entry.source, []
     if source.dataset in LOCAL:
-        files = local_files(place.name, source.dataset)
+        files = local_files(entry.name, source.dataset)
         counts.append(counted(len(files), "file"))
         if is_streamed(source):
             counts.append(f"{sum(Path(file).stat().st_size for file in files):,} bytes")
     if isinstance(documents, Dataset):
         counts.append(counted(len(documents), "document"))
     streamed = ["streamed"] if is_streamed(source) else []
-    return f"'{place.name}': {', '.join(counts + streamed)}"
+    return f"'{entry.name}': {', '.join(counts + streamed)}"
 
 
-def left_out(place: Place) -> str | None:
+def left_out(entry: ConfiguredSource) -> str | None:
     """Of a source's folder or pattern what is there and is not read, in words; None if there is nothing."""
-    source = place.source
-    others = find_files(place.name, source.dataset).left_out if source.dataset in LOCAL else []
+    source = entry.source
+    others = find_files(entry.name, source.dataset).left_out if source.dataset in LOCAL else []
     if not others:
         return None
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return f"'{place.name}': not read: {', '.join(others[:3])}{more} (of another ending, or a dead link)"
+    return f"'{entry.name}': not read: {', '.join(others[:3])}{more} (of another ending, or a dead link)"
 
 
-def shared_text(places: list[Place], others: list[Place]) -> str | None:
-    """Name of a text of ``others`` that is one of ``places`` too, whatever a local file is called; None without one."""
-    named = {_identity(place.source) for place in places}
+def shared_text(entries: list[ConfiguredSource], others: list[ConfiguredSource]) -> str | None:
+    """Name of a text of ``others`` that is in ``entries`` too, whatever a local file is called; None without one."""
+    named = {_identity(entry.source) for entry in entries}
     sizes: dict[int, list[str]] = {}
-    for file in _files(places):
+    for file in _files(entries):
         sizes.setdefault(Path(file).stat().st_size, []).append(file)
     for file in _files(others):
         alike = sizes.get(Path(file).stat().st_size, [])
         if any(fingerprint(file) == fingerprint(one) for one in alike):
             return file
-    return next((place.name for place in others if _identity(place.source) in named), None)
+    return next((entry.name for entry in others if _identity(entry.source) in named), None)
 
 
-def _files(places: list[Place]) -> list[str]:
-    local = [place for place in places if place.source.dataset in LOCAL]
-    return [file for place in local for file in local_files(place.name, place.source.dataset)]
+def _files(entries: list[ConfiguredSource]) -> list[str]:
+    local = [entry for entry in entries if entry.source.dataset in LOCAL]
+    return [file for entry in local for file in local_files(entry.name, entry.source.dataset)]
 
 
 def _identity(source: TextSource) -> tuple:
@@ -187,22 +187,22 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def _text(document: dict[str, Any], place: Place) -> str:
-    if place.source.dataset in LOCAL:
+def _text(document: dict[str, Any], entry: ConfiguredSource) -> str:
+    if entry.source.dataset in LOCAL:
         return document["text"]
 
     def error(found: str, is_field: bool = False) -> UserError:
-        return place.error(
+        return entry.error(
             "text_field",
-            f" = {place.source.text_field!r}: a document of '{place.name}', {short_repr(document)}: {found}",
+            f" = {entry.source.text_field!r}: a document of '{entry.name}', {short_repr(document)}: {found}",
         )
 
-    return joined(document, place.fields, error)
+    return joined(document, entry.fields, error)
 
 
-def tokens_of(document: dict[str, Any], *, place: Place, tokenizer: "BaseTokenizer") -> list[int]:
+def tokens_of(document: dict[str, Any], *, entry: ConfiguredSource, tokenizer: "BaseTokenizer") -> list[int]:
     """Tokens of a document of `open_source`, with those that begin and end it."""
-    return tokenizer.encode(_text(document, place), add_bos=True, add_eos=True)
+    return tokenizer.encode(_text(document, entry), add_bos=True, add_eos=True)
 
 
 def how_to_make(path: str) -> str:

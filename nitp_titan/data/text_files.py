@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -114,7 +114,7 @@ class Document(NamedTuple):
 
 
 def kind_of(file: Path) -> str:
-    """``parquet`` for a file that begins as such does, else ``json``."""
+    """``parquet`` for a file that begins as one, else ``json``."""
     try:
         with file.open("rb") as stream:
             return "parquet" if stream.read(4) == b"PAR1" else "json"
@@ -136,11 +136,14 @@ def read_file(
     Raises:
         TextError: naming the file, the line or row, and what was found.
     """
-    reader = _Rows if kind == "parquet" else _Paragraphs if is_plain(file) else _Lines
-    source = reader(file, list(fields))
+    number, position = start
     try:
-        for unit, number, place in source.units(*start):
-            yield Document(source.text(unit, number), place)
+        if kind == "parquet":
+            yield from _Rows(file, fields).documents(number)
+        elif is_plain(file):
+            yield from _Paragraphs(file).documents(number, position)
+        else:
+            yield from _Lines(file, fields).documents(number, position)
     except OSError as error:
         raise TextError(file, None, f"cannot be read: {error.strerror or first_line(error)}") from None
 
@@ -165,7 +168,7 @@ def is_plain(file: str) -> bool:
     return file.lower().removesuffix(".gz").endswith(".txt")
 
 
-def _opened(file: str) -> io.BufferedIOBase:
+def _opened(file: str) -> BinaryIO:
     stream = open(file, "rb", buffering=_BUFFER)  # noqa: SIM115 (its caller closes it)
     head = stream.read(6)
     stream.seek(0)
@@ -193,11 +196,16 @@ class _Gzip(gzip.GzipFile):
 class _Lines:
     """JSON lines."""
 
-    def __init__(self, file: str, fields: list[str]):
+    def __init__(self, file: str, fields: Sequence[str]):
         self._file, self._fields = file, fields
         self._decoder = json.JSONDecoder()
 
-    def units(self, number: int, offset: int) -> Iterator[tuple[bytes, int, tuple[int, int]]]:
+    def documents(self, number: int, offset: int) -> Iterator[Document]:
+        """Documents after a place, as `lines`."""
+        for line, found, place in self.lines(number, offset):
+            yield Document(self._text(line, found), place)
+
+    def lines(self, number: int, offset: int) -> Iterator[tuple[bytes, int, tuple[int, int]]]:
         """Lines that are not blank, each with its number, from 1, and where the next one is.
 
         Args:
@@ -226,8 +234,8 @@ class _Lines:
         # What was unpacked together with the damage is lost.
         return TextError(self._file, f"line {number + 1} or later", found)
 
-    def text(self, line: bytes, number: int) -> str:
-        decoded = self._decoded(line, number)
+    def _text(self, line: bytes, number: int) -> str:
+        decoded = self.decoded(line, number)
         try:
             document, end = self._decoder.raw_decode(decoded, len(decoded) - len(decoded.lstrip(" \t\r\n")))
         except (ValueError, RecursionError) as error:
@@ -239,7 +247,8 @@ class _Lines:
             raise self._error(number, f"more than one JSON value; the second begins at character {end + 1}")
         return joined(document, self._fields, partial(self._error, number))
 
-    def _decoded(self, line: bytes, number: int) -> str:
+    def decoded(self, line: bytes, number: int) -> str:
+        """A line as text; TextError where it is not UTF-8."""
         try:
             return line.decode()
         except UnicodeDecodeError as error:
@@ -266,45 +275,45 @@ class _Lines:
         return TextError(self._file, f"line {number}", found, is_field)
 
 
-class _Paragraphs(_Lines):
+class _Paragraphs:
     """Plain text: lines between blank ones are a document."""
 
-    def units(self, number: int, offset: int) -> Iterator[tuple[list[bytes], int, tuple[int, int]]]:
-        """Documents as lines, each with the number of its first line and where the next one is."""
-        lines: list[bytes] = []
+    def __init__(self, file: str):
+        self._lines = _Lines(file, ())
+
+    def documents(self, number: int, offset: int) -> Iterator[Document]:
+        """Documents after a place, as `_Lines.lines`."""
+        lines: list[str] = []
         last = number, offset
-        for line, found, after in super().units(number, offset):
+        for line, found, after in self._lines.lines(number, offset):
             if lines and found != last[0] + 1:
-                yield lines, last[0] - len(lines) + 1, last
+                yield _document(lines, last)
                 lines = []
-            lines.append(line)
+            lines.append(self._lines.decoded(line, found))
             last = after
         if lines:
-            yield lines, last[0] - len(lines) + 1, last
+            yield _document(lines, last)
 
-    def text(self, lines: list[bytes], number: int) -> str:
-        return "".join(self._decoded(line, number + index) for index, line in enumerate(lines)).replace("\r\n", "\n")
+
+def _document(lines: list[str], place: tuple[int, int]) -> Document:
+    return Document("".join(lines).replace("\r\n", "\n"), place)
 
 
 class _Rows:
     """Rows of parquet."""
 
-    def __init__(self, file: str, fields: list[str]):
-        self._file, self._fields = file, fields
+    def __init__(self, file: str, fields: Sequence[str]):
+        self._file, self._fields = file, list(fields)
 
-    def units(self, number: int, position: int) -> Iterator[tuple[tuple, int, tuple[int, int]]]:
-        """Rows of the fields, each with its number in the file, from 1, and that of rows passed after it, twice.
-
-        Args:
-            number, position: rows passed before.
-        """
+    def documents(self, number: int) -> Iterator[Document]:
+        """Documents after a number of rows; both numbers of their places are of rows."""
         try:
             with pyarrow.parquet.ParquetFile(self._file) as parquet:
                 yield from self._read(parquet, number)
         except pyarrow.ArrowException as error:
-            raise TextError(self._file, None, f"is no parquet file that can be read: {first_line(error)}") from None
+            raise TextError(self._file, None, f"is not a parquet file that can be read: {first_line(error)}") from None
 
-    def _read(self, parquet: pyarrow.parquet.ParquetFile, done: int) -> Iterator[tuple[tuple, int, tuple[int, int]]]:
+    def _read(self, parquet: pyarrow.parquet.ParquetFile, done: int) -> Iterator[Document]:
         groups = [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
         self._ends = list(accumulate(groups))
         names = parquet.schema_arrow.names
@@ -323,9 +332,9 @@ class _Rows:
                 for row in zip(*(_values(batch.column(field)) for field in self._fields)):
                     number += 1
                     if number > done:
-                        yield row, number, (number, number)
+                        yield Document(self._text(row, number), (number, number))
 
-    def text(self, row: tuple, number: int) -> str:
+    def _text(self, row: tuple, number: int) -> str:
         def error(found: str, is_field: bool = False) -> TextError:
             group = next(index for index, end in enumerate(self._ends) if number <= end)
             within = number - (self._ends[group - 1] if group else 0)

@@ -158,10 +158,10 @@ def _write(index: Path, verdict: Path, files: Sequence[str], fields: Sequence[st
             os.fsync(file.fileno())
         os.replace(draft, index)
     except TextError as error:
-        file, where, *found = error.parts
+        bad_file, where, *found = error.parts
         if where is not None:
             # The same content is as bad for the next process, which need not read as far to see it.
-            write_atomically(verdict, json.dumps([files.index(file), where, *found]))
+            write_atomically(verdict, json.dumps([files.index(bad_file), where, *found]))
         raise
     finally:
         draft.unlink(missing_ok=True)

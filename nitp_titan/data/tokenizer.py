@@ -23,6 +23,9 @@ class TextTokenizer(HuggingFaceTokenizer):
     as the characters that it has: no text ends a document or begins one.
     """
 
+    hf_adds_bos: bool
+    hf_adds_eos: bool
+
     def _load_tokenizer_from_path(self, tokenizer_path: str) -> Tokenizer:
         tokenizer = super()._load_tokenizer_from_path(tokenizer_path)
         tokenizer.no_truncation()

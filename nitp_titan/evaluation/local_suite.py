@@ -8,12 +8,11 @@ import glob
 import json
 import random
 import shutil
-import tempfile
 from pathlib import Path
 
 from nitp_titan.data.text_files import documents_of
 from nitp_titan.errors import UserError
-from nitp_titan.files import read_own, sha256
+from nitp_titan.files import draft_of, read_own, sha256
 
 DEFAULT_TEXT = Path("assets/stdlib/validation.jsonl")
 DEFAULT_FOLDER = Path("assets/local_suite")
@@ -161,10 +160,7 @@ def _absolute(folder: Path) -> str:
 
 
 def _write(folder: Path, documents: list[str], passages: list[dict], manifest: dict) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        draft = Path(scratch) / "draft"
-        draft.mkdir()
+    with draft_of(folder) as draft:
         _write_lines(draft / "documents.jsonl", [{"text": text} for text in documents])
         _write_lines(draft / "passages.jsonl", passages)
         for name, data, body in (

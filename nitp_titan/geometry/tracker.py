@@ -28,8 +28,7 @@ from nitp_titan.objectives.sites import HIDDEN, layer_site, PROJECTED, TARGET
 
 def measured_sites(geometry: GeometryConfig, nitp: NITPConfig, num_layers: int) -> list[str]:
     """Sites that a run measures, the same on every rank."""
-    objective = build_objective(nitp)
-    sites = [HIDDEN, *(objective.sites if objective is not None else ())]
+    sites = [HIDDEN, *(build_objective(nitp).sites if nitp.enabled else ())]
     return sites + ([layer_site(number) for number in range(num_layers + 1)] if geometry.layers else [])
 
 

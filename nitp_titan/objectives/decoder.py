@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nitp_titan.objectives.alignment import next_implicit_tokens
+from nitp_titan.objectives.nitp import NITPModule
 from nitp_titan.objectives.objective import Observer
 from nitp_titan.objectives.sites import layer_site, TARGET
 
@@ -19,6 +20,9 @@ class NITPDecoder:
     alone, so that validation reports plain cross-entropy. A pipeline stage hands the captured state on as its second
     output.
     """
+
+    nitp: NITPModule | None
+    """Of the last stage; None with weight 0."""
 
     observer: Observer | None = None
     """Shown the output of every layer; set by the trainer, whose base class builds the model."""
@@ -54,12 +58,14 @@ class NITPDecoder:
 
     def with_target(self, h: Tensor, z_BLD: Tensor | None, positions: Tensor) -> Tensor | tuple[Tensor, ...]:
         """What the last stage returns: hidden states alone, or in training with what their targets are made of."""
-        training, observed = torch.is_grad_enabled(), self.observer is not None and self.observer.active
-        if z_BLD is None or not (training or observed):
+        training = torch.is_grad_enabled()
+        observer = self.observer if self.observer is not None and self.observer.active else None
+        target = None if self.nitp is None else self.nitp.target
+        if z_BLD is None or target is None or not (training or observer):
             return h
-        z_BLD, halo_BKD, valid_BL = self.nitp.target(z_BLD, positions)
-        if observed:
+        z_BLD, halo_BKD, valid_BL = target(z_BLD, positions)
+        if observer is not None:
             with spmd.no_typecheck():
                 target_BLD = next_implicit_tokens(z_BLD, halo_BKD)
-            self.observer.observe(TARGET, target_BLD, positions)
+            observer.observe(TARGET, target_BLD, positions)
         return (h, z_BLD, halo_BKD, valid_BL) if training else h

@@ -45,13 +45,15 @@ class _CosineLossSum(torch.autograd.Function):
         *vectors, valid, cosine = ctx.saved_tensors
         directions, inverse_lengths = zip(*(direction(x.float()) for x in vectors))
         slope = torch.where(valid, gradient, 0.0)[..., None]
-        gradients: list[Tensor | None] = [None, None]
-        for own, other in ((0, 1), (1, 0)):
-            if ctx.needs_input_grad[own]:
-                # d(1 - u.v)/dx = ((u.v) u - v) / |x|
-                along = cosine[..., None] * directions[own] - directions[other]
-                gradients[own] = (along * (slope * inverse_lengths[own])).to(vectors[own].dtype)
-        return *gradients, None
+
+        def gradient_of(own: int, other: int) -> Tensor | None:
+            if not ctx.needs_input_grad[own]:
+                return None
+            # d(1 - u.v)/dx = ((u.v) u - v) / |x|
+            along = cosine[..., None] * directions[own] - directions[other]
+            return (along * (slope * inverse_lengths[own])).to(vectors[own].dtype)
+
+        return gradient_of(0, 1), gradient_of(1, 0), None
 
 
 def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:

@@ -79,6 +79,9 @@ class AuxiliaryLoss(ChunkedLoss):
     with whatever they hold.
     """
 
+    projector: nn.Module
+    """Ranks without the last pipeline stage have none and compute no loss."""
+
     @dataclass(kw_only=True, slots=True)
     class Config(ChunkedLoss.Config):
         nitp: NITPConfig = field(default_factory=NITPConfig)
@@ -90,7 +93,6 @@ class AuxiliaryLoss(ChunkedLoss):
             self.fn = self.objective.fn
             self._maybe_compile(compile_config)
             self.objective.fn = self.fn
-        self.projector: nn.Module | None = None
 
     def attach(self, projector: nn.Module | None, *, num_microbatches: int, device: torch.device) -> None:
         """Give the loss its projector and its per-step tensors; once, after the model is built.
@@ -100,8 +102,9 @@ class AuxiliaryLoss(ChunkedLoss):
             num_microbatches: loss calls per optimizer step.
             device: where the loss is computed.
         """
-        self.projector = projector
-        self.num_auxiliary_chunks = self._fewest_chunks()
+        if projector is not None:
+            self.projector = projector
+            self.num_auxiliary_chunks = self._fewest_chunks()
         self.weight = torch.zeros((), device=device)
         self.num_terms = torch.ones((), device=device)
         self.stats = torch.zeros(num_microbatches, 3, device=device)
@@ -216,7 +219,7 @@ class GatheredProjector:
 
     def __init__(self, projector: nn.Module, lm_head: nn.Module | None = None):
         self.projector = projector if isinstance(projector, FSDPModule) else None
-        self.lm_head = lm_head if isinstance(lm_head, FSDPModule) else None
+        self.lm_head = lm_head if self.projector is not None and isinstance(lm_head, FSDPModule) else None
 
     def __enter__(self) -> "GatheredProjector":
         if self.projector is not None:
@@ -241,8 +244,9 @@ class GatheredProjector:
             self.projector.reshard()
 
     def _reshard(self, after: bool) -> None:
-        self.projector.set_reshard_after_forward(after)
-        self.projector.set_reshard_after_backward(after)
+        if self.projector is not None:
+            self.projector.set_reshard_after_forward(after)
+            self.projector.set_reshard_after_backward(after)
         if self.lm_head is not None:
             # FSDP gathers final norm and unembedding ahead here; the decoder's backward pass needs them next.
             self.lm_head.set_reshard_after_backward(after, recurse=False)

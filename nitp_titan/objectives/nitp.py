@@ -48,6 +48,7 @@ class NITP(Objective):
     """
 
     sites = (TARGET, PROJECTED)
+    fn: Callable[..., Tensor]
 
     def __init__(self, settings: NITPConfig):
         super().__init__(settings)
@@ -104,7 +105,7 @@ class NITPTerms(MicrobatchTerms):
 
     def captured_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As `MicrobatchTerms.captured_gradients`: the shallow states, without stop-gradient."""
-        if self.z_BLD is not self.captured_BLD:
+        if self.z_BLD.grad is not None:
             yield self.captured_BLD, self.z_BLD.grad
 
 

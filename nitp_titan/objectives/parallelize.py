@@ -13,6 +13,9 @@ from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import GroupedExperts, MoE
 
+from nitp_titan.objectives.decoder import NITPDecoder
+from nitp_titan.objectives.nitp import NITPModule
+
 
 def with_nitp_parallelize(parallelize_fn: Callable) -> Callable:
     """Wrap a family's parallelize function: the projector becomes an FSDP unit of its own.
@@ -21,7 +24,7 @@ def with_nitp_parallelize(parallelize_fn: Callable) -> Callable:
     to the root's FSDP unit; the family's function therefore never sees it.
     """
 
-    def parallelize(model: nn.Module, **kwargs) -> nn.Module:
+    def parallelize(model: NITPDecoder, **kwargs) -> NITPDecoder:
         nitp, model.nitp = model.nitp, None
         model = parallelize_fn(model, **kwargs)
         if nitp is not None:
@@ -33,7 +36,7 @@ def with_nitp_parallelize(parallelize_fn: Callable) -> Callable:
 
 
 def _parallelize_projector(
-    nitp: nn.Module,
+    nitp: NITPModule,
     parallel_dims: ParallelDims,
     training: TrainingConfig,
     compile_config: CompileConfig,

@@ -8,10 +8,10 @@ from nitp_titan.objectives.settings import NITPConfig
 OBJECTIVES: dict[str, type[Objective]] = {"nitp": NITP, "cosine_regularizer": CosineRegularizer}
 
 
-def build_objective(settings: NITPConfig) -> Objective | None:
-    """The objective of the `[nitp]` table; None with weight 0.
+def build_objective(settings: NITPConfig) -> Objective:
+    """The objective of the `[nitp]` table.
 
     Raises:
         UserError: if the table names a loss that is not a distance.
     """
-    return OBJECTIVES[settings.objective](settings) if settings.enabled else None
+    return OBJECTIVES[settings.objective](settings)

@@ -47,12 +47,12 @@ def with_nitp(spec: ModelSpec, settings: NITPConfig) -> ModelSpec:
         ) from None
     fields = {field.name: getattr(spec.model, field.name) for field in dataclasses.fields(spec.model)}
     model_config = nitp_model_class(base, decoder).Config
-    objective = build_objective(settings)
-    if objective is None:
+    if not settings.enabled:
         return dataclasses.replace(spec, model=model_config(**fields))
+    module = build_objective(settings).module_config(spec.model.dim)
     return dataclasses.replace(
         spec,
-        model=model_config(**fields, nitp=objective.module_config(spec.model.dim)),
+        model=model_config(**fields, nitp=module),
         parallelize_fn=with_nitp_parallelize(spec.parallelize_fn),
         pipelining_fn=spec.pipelining_fn and with_nitp_pipelining(spec.pipelining_fn),
         state_dict_adapter=spec.state_dict_adapter and without_training_weights(spec.state_dict_adapter),
@@ -89,9 +89,9 @@ def nitp_model_class(base: type[Decoder], decoder: type[NITPDecoder] = NITPDecod
     those of the model without NITP.
     """
 
-    class NITPModel(decoder, base):
+    class NITPModel(decoder, base):  # type: ignore[valid-type, misc]  # of any family
         @dataclass(kw_only=True, slots=True)
-        class Config(base.Config):
+        class Config(base.Config):  # type: ignore[name-defined]
             nitp: NITPModule.Config | None = None
 
             def update_from_config(self, *, config, **kwargs) -> None:

@@ -14,10 +14,10 @@ from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.packing import num_file_groups
 from nitp_titan.data.sources import (
+    configured_sources,
     counted,
     is_streamed,
     local_files,
-    places_of,
 )
 from nitp_titan.data.tokens.folder import (
     MANIFEST,
@@ -50,8 +50,8 @@ def data_facts(config) -> DataFacts:
     for table, loader in loaders.items():
         if isinstance(loader, TextDataLoader.Config):
             facts[table] = [
-                {"name": place.name, "streamed": is_streamed(place.source), "files": _files(place.source)}
-                for place in places_of(loader, table)
+                {"name": entry.name, "streamed": is_streamed(entry.source), "files": _files(entry.source)}
+                for entry in configured_sources(loader, table)
             ]
     paths = {path for files in _lists_of_files(facts) for path in files}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:

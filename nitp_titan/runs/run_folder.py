@@ -22,7 +22,7 @@ from torchtitan.trainer import Trainer
 from nitp_titan.checkpoint.steps import complete_steps
 from nitp_titan.config import recipe
 from nitp_titan.config.build import tables_of
-from nitp_titan.config.tables import changes, entries, Tables
+from nitp_titan.config.tables import changes, default_of, entries, Tables
 from nitp_titan.errors import changes_text, first_few, UserError
 from nitp_titan.files import append_line, archive, free_path, hold, LOCK, write_atomically
 from nitp_titan.machine.credentials import redact
@@ -444,10 +444,7 @@ def _with_defaults(tables: Tables, config) -> Tables:
     """A run of an older version lacks the settings that came later, and had what is their default."""
     filled = dict(tables)
     for name in {*recipe.RECIPE_KEYS, "dataloader"} & {each.name for each in dataclasses.fields(config)}:
-        defaults = {
-            each.name: each.default_factory() if each.default is dataclasses.MISSING else each.default
-            for each in dataclasses.fields(getattr(config, name))
-        }
+        defaults = {each.name: default_of(each) for each in dataclasses.fields(getattr(config, name))}
         plain = {key: "none" if value is None else value for key, value in defaults.items()}
         filled[name] = plain | tables.get(name, {})
     return filled

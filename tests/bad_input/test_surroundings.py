@@ -59,7 +59,7 @@ SURROUNDINGS = {
         "x.parquet",
         _bytes(b"PAR1"),
         {"dataset": "parquet", "dataset_path": "x.parquet"},
-        "x.parquet is no parquet file that can be read",
+        "x.parquet is not a parquet file that can be read",
     ),
     "parquet without the field": (
         "x.parquet",

@@ -46,7 +46,7 @@ def _zipped(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.parquet", b"no table", "dataset_path: .*x.parquet is no parquet file that can be read"),
+        ("x.parquet", b"no table", "dataset_path: .*x.parquet is not a parquet file that can be read"),
         ("x.jsonl.gz", b"not gzipped", "dataset_path: .*x.jsonl.gz, line 1: no JSON object but 'not gzipped'"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "cut off"}', mtime=0)[:-12], "x.jsonl.gz, line 1 or later: the "),
         (

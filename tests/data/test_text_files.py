@@ -19,11 +19,11 @@ from nitp_titan.data import text_sets
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.sources import (
     check_source,
+    ConfiguredSource,
     described,
     left_out,
     local_files,
     open_source,
-    Place,
 )
 from nitp_titan.data.text_files import documents_of, find_files, kind_of
 from nitp_titan.data.text_sets import TextStream
@@ -151,7 +151,7 @@ BAD = {
 
 
 def _source(path, **options):
-    return Place(TextSource(**{"dataset_path": str(path), **options}), "dataloader")
+    return ConfiguredSource(TextSource(**{"dataset_path": str(path), **options}), "dataloader")
 
 
 def _indexed(path, **options):
@@ -238,7 +238,7 @@ def test_parquet_names_row_group_and_row(tmp_path, read):
     assert "row group 1, row 1: 'text' is datetime.date(2024, 1, 1)" in said_of(_table(day))
     content = _parquet(tmp_path / "x", _table(["a" * 9] * 9), compression="none")
     (tmp_path / "x").write_bytes(content[:4] + b"\xff" * 40 + content[44:])
-    with pytest.raises(UserError, match="x cannot be read: |x is no parquet file that can be read: "):
+    with pytest.raises(UserError, match="x cannot be read: |x is not a parquet file that can be read: "):
         read(tmp_path / "x", dataset="parquet")
 
 
@@ -247,7 +247,7 @@ def test_a_file_of_the_other_kind_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(_lines({"text": "a"}))
     with pytest.raises(UserError, match="x.parquet is a parquet file; dataset = 'parquet' reads it."):
         check_source(_source(tmp_path / "x.parquet"))
-    with pytest.raises(UserError, match="x.jsonl is no parquet file that can be read: "):
+    with pytest.raises(UserError, match="x.jsonl is not a parquet file that can be read: "):
         check_source(_source(tmp_path / "x.jsonl", dataset="parquet"))
 
 
@@ -313,9 +313,9 @@ def test_a_folder_gives_its_text_and_says_what_it_leaves_out(tmp_path):
     _touch(tmp_path, "a.JSONL", "b.ndjson", "c.jsonl.gz", "d.json.gz", "e.jsonl.zst", ".hidden.jsonl", "_SUCCESS")
     _touch(tmp_path, "in/x.jsonl")
     (tmp_path / "f.jsonl").symlink_to(tmp_path / "gone")
-    place = _source(tmp_path)
+    entry = _source(tmp_path)
     assert _indexed(tmp_path) == ["a.JSONL", "b.ndjson", "c.jsonl.gz", "d.json.gz"]
-    assert left_out(place) == (
+    assert left_out(entry) == (
         f"'{tmp_path}': not read: {tmp_path}/e.jsonl.zst, {tmp_path}/f.jsonl (of another ending, or a dead link)"
     )
     assert left_out(_source(tmp_path / "?.jsonl")) == (
@@ -339,10 +339,10 @@ def test_a_folder_of_json_says_how_to_name_its_files(tmp_path):
 def test_what_is_read_is_said_with_files_documents_and_bytes(tmp_path):
     _touch(tmp_path, "a.jsonl", "b.jsonl")
     for streaming, expected in ((None, "2 files, 2 documents"), (True, "2 files, 40 bytes, streamed")):
-        place = _source(tmp_path, streaming=streaming)
-        assert described(place, open_source(place)) == f"'{tmp_path}': {expected}"
-    place = _source(tmp_path / "a.jsonl")
-    assert described(place, open_source(place)).endswith(": 1 file, 1 document")
+        entry = _source(tmp_path, streaming=streaming)
+        assert described(entry, open_source(entry)) == f"'{tmp_path}': {expected}"
+    entry = _source(tmp_path / "a.jsonl")
+    assert described(entry, open_source(entry)).endswith(": 1 file, 1 document")
 
 
 # Streams

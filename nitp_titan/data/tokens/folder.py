@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from nitp_titan.data.places import Place
+from nitp_titan.data.configured_source import ConfiguredSource
 from nitp_titan.errors import UserError
 from nitp_titan.files import sha256
 
@@ -142,8 +142,8 @@ class Manifest:
             if size != expected:
                 found = "is missing" if size is None else f"has {size:,} bytes and not {expected:,}"
                 raise ValueError(f": {name} {found}; copy the folder again, or make it anew.")
-        for name, expected in self.hashes().items() if contents else ():
-            if sha256(folder / name) != expected:
+        for name, digest in self.hashes().items() if contents else ():
+            if sha256(folder / name) != digest:
                 raise ValueError(f": {name} is not as it was written; copy the folder again, or make it anew.")
 
 
@@ -157,33 +157,33 @@ def tokenizer_hashes(folder: str | Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in tokenizer_files(folder)}
 
 
-def check_tokens(place: Place) -> None:
+def check_tokens(entry: ConfiguredSource) -> None:
     """Raise UserError unless a source's folder of tokens is complete and no key of text is given with it."""
-    source = place.source
+    source = entry.source
     if not source.dataset_path:
-        raise place.error("dataset_path", f" is missing: dataset = '{TOKENS}' needs a folder.")
+        raise entry.error("dataset_path", f" is missing: dataset = '{TOKENS}' needs a folder.")
     for key in ("text_field", "subset", "split", "streaming"):
         if getattr(source, key) != getattr(type(source)(), key):
             value = getattr(source, key)
-            raise place.error(key, f" = {value!r} is of text, and '{source.dataset_path}' holds tokens: leave it out.")
-    manifest = _manifest(place)
+            raise entry.error(key, f" = {value!r} is of text, and '{source.dataset_path}' holds tokens: leave it out.")
+    manifest = _manifest(entry)
     try:
-        manifest.check_files(Path(place.name))
+        manifest.check_files(Path(entry.name))
     except ValueError as error:
-        raise _error(place, error) from None
+        raise _error(entry, error) from None
 
 
-def check_tokenizer(place: Place, hf_assets_path: str) -> None:
+def check_tokenizer(entry: ConfiguredSource, hf_assets_path: str) -> None:
     """Raise UserError unless a source's tokens are those of a recipe's tokenizer."""
-    manifest, now = _manifest(place), tokenizer_hashes(hf_assets_path)
+    manifest, now = _manifest(entry), tokenizer_hashes(hf_assets_path)
     if manifest.tokenizer_files == now:
         return
     names = sorted({*manifest.tokenizer_files, *now})
     name = next(name for name in names if manifest.tokenizer_files.get(name) != now.get(name))
     then, found = (_said(files.get(name)) for files in (manifest.tokenizer_files, now))
-    raise place.error(
+    raise entry.error(
         "dataset_path",
-        f" = '{place.name}' was made with the tokenizer '{manifest.tokenizer}' ({name}: {then}), but "
+        f" = '{entry.name}' was made with the tokenizer '{manifest.tokenizer}' ({name}: {then}), but "
         f"hf_assets_path = '{hf_assets_path}' holds another ({name}: {found}).",
     )
 
@@ -192,22 +192,22 @@ def _said(digest: str | None) -> str:
     return "not there" if digest is None else f"sha256 {digest[:_SAID_DIGITS]}"
 
 
-def _manifest(place: Place) -> Manifest:
+def _manifest(entry: ConfiguredSource) -> Manifest:
     try:
-        return Manifest.read(Path(place.name))
+        return Manifest.read(Path(entry.name))
     except ValueError as error:
-        raise _error(place, error) from None
+        raise _error(entry, error) from None
 
 
-def _error(place: Place, error: ValueError) -> UserError:
-    return place.error("dataset_path", f" = '{place.name}'{error}")
+def _error(entry: ConfiguredSource, error: ValueError) -> UserError:
+    return entry.error("dataset_path", f" = '{entry.name}'{error}")
 
 
 class TokenFolder:
     """A source's folder of tokens, which `check_tokens` passed; nothing of it is in memory until it is read."""
 
-    def __init__(self, place: Place):
-        self._place, self._folder, self._manifest = place, Path(place.name), _manifest(place)
+    def __init__(self, entry: ConfiguredSource):
+        self._entry, self._folder, self._manifest = entry, Path(entry.name), _manifest(entry)
         # Of each shard, the number of tokens before it.
         self._starts = list(accumulate((shard.tokens for shard in self._manifest.shards), initial=0))
         self._maps: dict[int, memoryview] = {}
@@ -233,7 +233,7 @@ class TokenFolder:
         found = bytearray(self._map(shard)[first * size : (first + end - start) * size])
         tokens = torch.frombuffer(found, dtype=_DTYPES[self._manifest.dtype]).to(torch.int64) if found else None
         if tokens is None or len(tokens) != end - start or tokens.max() >= self._manifest.vocab_size:
-            raise self._place.error(
+            raise self._entry.error(
                 "dataset_path",
                 f" = '{self._folder}': {shard_name(shard)} or {OFFSETS} is damaged; make the folder anew.",
             )

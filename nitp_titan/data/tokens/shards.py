@@ -20,7 +20,7 @@ from datasets import Dataset, IterableDataset
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from nitp_titan.data import tokenizer as text_tokenizer
-from nitp_titan.data.places import Place
+from nitp_titan.data.configured_source import ConfiguredSource
 from nitp_titan.data.sources import tokens_of
 from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.tokens.folder import (
@@ -39,7 +39,7 @@ from nitp_titan.machine.failures import away, surroundings
 _TYPECODES = {"uint16": "H", "uint32": "I"}
 
 
-class FlagPlace(Place):
+class FlagSource(ConfiguredSource):
     """A source that flags name."""
 
     def error(self, key: str, message: str) -> UserError:
@@ -56,10 +56,10 @@ def load_tokenizer(folder: str) -> BaseTokenizer:
 
 @dataclass(frozen=True)
 class Job:
-    """A source that is cut into shards, its tokenizer and the folder of its tokens: what a worker has to know."""
+    """A source that is cut into shards, its tokenizer and the folder of its tokens: all that a worker needs."""
 
     data: Dataset | IterableDataset | TextStream
-    place: Place
+    entry: ConfiguredSource
     tokenizer: str
     vocab_size: int
     folder: Path
@@ -89,14 +89,15 @@ class Job:
         write_durably(self._note(shard), json.dumps(facts))
 
     def _part(self, shard: int) -> tuple[Dataset | IterableDataset | TextStream, str]:
-        unit, total = ("files", self.data.num_shards) if self.num_documents is None else ("documents", len(self.data))
+        documents = self.num_documents
+        unit, total = ("files", self.data.num_shards) if documents is None else ("documents", documents)
         size, longer = divmod(total, self.num_shards)
         first = shard * size + min(shard, longer)
         end = first + size + (shard < longer)
         return self.data.shard(self.num_shards, shard, contiguous=True), f"{unit} {first}:{end}"
 
     def _read(self, rows: Dataset | IterableDataset | TextStream) -> Iterator[dict[str, Any]]:
-        documents, key = iter(rows), "dataset_path" if self.place.source.dataset_path else "dataset"
+        documents, key = iter(rows), "dataset_path" if self.entry.source.dataset_path else "dataset"
         while True:
             try:
                 row = next(documents, None)
@@ -104,15 +105,15 @@ class Job:
                 raise
             except Exception as error:
                 # `datasets` raises many types for a file that it cannot read.
-                message = f" = '{self.place.name}' cannot be read: {type(error).__name__}: {first_line(error)}"
-                found = away(error, self.place.name) or surroundings(error, self.place.name)
-                raise found or self.place.error(key, message) from None
+                message = f" = '{self.entry.name}' cannot be read: {type(error).__name__}: {first_line(error)}"
+                found = away(error, self.entry.name) or surroundings(error, self.entry.name)
+                raise found or self.entry.error(key, message) from None
             if row is None:
                 return
             yield row
 
     def _ids(self, row: dict[str, Any], tokenizer: BaseTokenizer) -> list[int]:
-        ids = tokens_of(row, place=self.place, tokenizer=tokenizer)
+        ids = tokens_of(row, entry=self.entry, tokenizer=tokenizer)
         if ids and max(ids) >= self.vocab_size:
             raise UserError(f"--tokenizer {self.tokenizer} gives token {max(ids)} and says it has {self.vocab_size}.")
         return ids
@@ -141,7 +142,7 @@ class Job:
 
     def finish(self, settings: dict[str, Any]) -> Manifest:
         """Join the borders of the documents of all shards, which are `done`, and write the manifest."""
-        shards = [self.done(shard) for shard in range(self.num_shards)]
+        shards = [facts for shard in range(self.num_shards) if (facts := self.done(shard))]
         draft, digest, before = self.folder / UNFINISHED / OFFSETS, hashlib.sha256(), 0
         with draft.open("wb") as file:
             for shard, facts in enumerate(shards):

@@ -36,7 +36,7 @@ def write_shards(job: Job, num_workers: int, say: Callable[[str], None]) -> None
     pending = [shard for shard in range(job.num_shards) if shard not in progress.done]
     if job.num_documents is None and job.num_shards < num_workers:
         files = "1 file" if job.num_shards == 1 else f"{job.num_shards} files"
-        say(f"'{job.place.name}' is streamed, {files} for {num_workers} workers: only so many of them read")
+        say(f"'{job.entry.name}' is streamed, {files} for {num_workers} workers: only so many of them read")
     # Not forked from here: this process has threads, and perhaps connections.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -104,7 +104,9 @@ def _next(pending: list[int], taken) -> int | None:
 
 def _end_with_parent() -> None:
     """A killed command leaves no worker behind, which would write beside those of the next."""
-    connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers are started by another process"
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 

@@ -5,7 +5,6 @@ folder ``unfinished`` in that of the tokens holds the settings, which must stay 
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import shutil
@@ -20,12 +19,12 @@ from datasets import Dataset, IterableDataset
 from nitp_titan.data.mixtures import TextSource
 from nitp_titan.data.sources import (
     check_source,
+    ConfiguredSource,
     described,
     is_streamed,
     left_out,
     local_files,
     open_source,
-    Place,
 )
 from nitp_titan.data.text_sets import TextStream
 from nitp_titan.data.tokens.folder import (
@@ -36,14 +35,14 @@ from nitp_titan.data.tokens.folder import (
     UNFINISHED,
 )
 from nitp_titan.data.tokens.shards import (
-    FlagPlace,
+    FlagSource,
     Job,
     load_tokenizer,
     write_durably,
 )
 from nitp_titan.data.tokens.workers import write_shards
 from nitp_titan.errors import changed_values, changes_text, UserError
-from nitp_titan.files import sha256
+from nitp_titan.files import lock, sha256
 
 MIN_SHARDS = 64
 MAX_SHARD_BYTES = 2**28
@@ -117,10 +116,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     if others and not (folder / UNFINISHED / _SETTINGS).exists():
         raise UserError(f"--out {folder} holds other files; choose a new folder.")
     (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
-    with (folder / UNFINISHED / "lock").open("w") as lock:
+    with (folder / UNFINISHED / "lock").open("w") as file:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            lock(file)
+        except BlockingIOError:
             raise UserError(f"--out {folder} is in use: another process tokenizes there.") from None
         except OSError:
             # Not every file system locks: then one command at a time is up to the user.
@@ -134,18 +133,18 @@ def open_job(source: TextSource, tokenizer: str, folder: Path, settings: dict[st
     Raises:
         UserError: if the source cannot be opened or cut into so many shards, or the folder is of other settings.
     """
-    place, noted = FlagPlace(source, ""), folder / UNFINISHED / _SETTINGS
+    entry, noted = FlagSource(source, ""), folder / UNFINISHED / _SETTINGS
     if noted.exists():
         before = json.loads(noted.read_text(encoding="utf-8"))
         _refuse_other(folder, before, settings, num_shards)
         num_shards = before["num_shards"]
-    data = open_source(place)
-    num_shards = _num_shards(data, place, num_shards)
+    data = open_source(entry)
+    num_shards = _num_shards(data, entry, num_shards)
     write_durably(noted, json.dumps(settings | {"num_shards": num_shards}, indent=2))
-    return Job(data, place, tokenizer, load_tokenizer(tokenizer).get_vocab_size(), folder, num_shards)
+    return Job(data, entry, tokenizer, load_tokenizer(tokenizer).get_vocab_size(), folder, num_shards)
 
 
-def _num_shards(data: Dataset | IterableDataset | TextStream, place: Place, wanted: int | None) -> int:
+def _num_shards(data: Dataset | IterableDataset | TextStream, entry: ConfiguredSource, wanted: int | None) -> int:
     if isinstance(data, Dataset):
         most, unit = len(data), "documents"
         default = min(most, max(MIN_SHARDS, math.ceil(data.data.nbytes / MAX_SHARD_BYTES)))
@@ -153,18 +152,18 @@ def _num_shards(data: Dataset | IterableDataset | TextStream, place: Place, want
         most, unit = data.num_shards, "files, and a stream is cut between files only"
         default = most
     if most == 0:
-        raise UserError(f"'{place.name}' holds no document.")
+        raise UserError(f"'{entry.name}' holds no document.")
     if wanted is not None and not 1 <= wanted <= most:
-        raise UserError(f"--num-shards {wanted}: at least 1 and at most {most}, as '{place.name}' has {most} {unit}.")
+        raise UserError(f"--num-shards {wanted}: at least 1 and at most {most}, as '{entry.name}' has {most} {unit}.")
     return wanted or default
 
 
 def check(source: TextSource) -> None:
     """Raise UserError unless a source is well named and, where it is local, begins with a document."""
-    place = FlagPlace(source, "")
+    entry = FlagSource(source, "")
     if source.dataset == TOKENS:
-        raise place.error("dataset", f" {TOKENS} is what is made; name the text.")
-    check_source(place)
+        raise entry.error("dataset", f" {TOKENS} is what is made; name the text.")
+    check_source(entry)
 
 
 def tokenize(
@@ -200,8 +199,8 @@ def tokenize(
     try:
         with alone_in(folder):
             job = open_job(source, tokenizer, folder, settings, num_shards)
-            say(described(job.place, job.data))
-            if others := left_out(job.place):
+            say(described(job.entry, job.data))
+            if others := left_out(job.entry):
                 say(f"warning: {others}")
             write_shards(job, num_workers, say)
             return job.finish(settings), True

@@ -8,8 +8,8 @@ from nitp_titan.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
-    """A source and the place in a config that names it."""
+class ConfiguredSource:
+    """A source and the setting in a config that names it."""
 
     source: TextSource
     table: str
