@@ -16,8 +16,8 @@ import _checkout  # noqa: F401
 
 from nitp_titan.evaluation.geometry import (
     check,
+    log,
     measure_models,
-    say,
     Settings,
 )
 from nitp_titan.evaluation.pretrained import read_models
@@ -54,7 +54,7 @@ def main() -> None:
     files = write(result, out)
     print(as_json(result) if as_text else tables(result))
     for line in result["warnings"]:
-        say(f"warning: {line}")
+        log(f"warning: {line}")
     if not as_text:
         print("\n" + "\n".join(map(str, files)))
 

@@ -6,7 +6,7 @@ python scripts/tokenize_data.py --dataset parquet --dataset-path "my_data/*.parq
 python scripts/tokenize_data.py --dataset allenai/c4 --subset en --tokenizer assets/qwen2 --out tokens/c4
 
 The flags of the text are the keys of `[dataloader]`. The files of tokens do not depend on --workers. Where the command
-was ended, the same one goes on, and keeps the shards that are finished.
+was ended, the same one resumes, and keeps the shards that are finished.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
         arguments.out,
         num_shards=arguments.num_shards,
         num_workers=arguments.workers,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     if arguments.verify:
         verify(arguments.out, manifest)

@@ -137,7 +137,7 @@ class TextDataLoader(ParallelAwareDataloader):
         self.dataset: PackedText
         self._state: dict[str, Any] | None = None
         self.any_rank: Callable[[bool], bool] = bool
-        """Whether finite data goes on on any rank, asked after each batch of this one; by default, on this rank."""
+        """Whether any rank has more finite data, asked after each batch of this one; by default, on this rank."""
         super().__init__(
             PackedText(
                 open_streams,

@@ -4,9 +4,9 @@ Needs transformers, which the extra ``eval`` installs.
 """
 
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -19,6 +19,7 @@ from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.evaluation.hidden_states import decoder_layers, measure
 from nitp_titan.evaluation.pretrained import load_pretrained, Model, require, without_bos
 from nitp_titan.export.dtypes import DTYPES
+from nitp_titan.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,25 +100,16 @@ def tokenized(
         yield torch.tensor(ids, dtype=torch.int32)
 
 
-class Progress:
-    """Lines on stderr: tokens done, tokens to do, tokens/s; one every few seconds and one at the end."""
-
-    def __init__(self, name: str, total: int):
-        self.name, self.total, self.done = name, total, 0
-        self.started = self.said = time.monotonic()
-
-    def __call__(self, tokens: int) -> None:
-        """Count the tokens of a batch."""
-        self.done += tokens
-        now = time.monotonic()
-        if now - self.said >= _SECONDS_BETWEEN_LINES or self.done >= self.total:
-            self.said, speed = now, self.done / max(now - self.started, 1e-9)
-            say(f"{self.name}: {self.done:,} of {self.total:,} tokens, {speed:,.0f} tokens/s")
-
-
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line on stderr, at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+def _log_progress(name: str, progress: Progress, tokens: int) -> None:
+    """Count the tokens of a batch; a line every few seconds and one at the end."""
+    progress.done += tokens
+    if progress.line_due(_SECONDS_BETWEEN_LINES) or progress.done >= progress.total:
+        log(f"{name}: {progress.done:,} of {progress.total:,} tokens, {progress.speed:,.0f} tokens/s")
 
 
 def check(settings: Settings) -> None:
@@ -150,7 +142,7 @@ def measure_models(models: Sequence[Model], settings: Settings) -> dict[str, Any
     measured: list[dict[str, Any]] = []
     warnings: list[str] = []
     for name, source in ((model.name, model.source) for model in models):
-        say(f"{name}: loading {source}")
+        log(f"{name}: loading {source}")
         num_documents = measured[0]["sequences"] if measured else None
         try:
             found, said = _measure_one(name, source, settings, num_documents)
@@ -190,7 +182,7 @@ def _measure_one(
         batch_size=settings.batch_size,
         num_pairs=settings.num_pairs,
         seed=settings.seed,
-        progress=Progress(name, num_tokens),
+        progress=partial(_log_progress, name, Progress(num_tokens)),
     )
     warnings += left_out
     if num_tokens <= config.hidden_size:

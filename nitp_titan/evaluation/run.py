@@ -1,6 +1,5 @@
 """Run what a plan asks for and the result store does not hold yet, one model at a time."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from nitp_titan.evaluation.plan import Plan, Task
 from nitp_titan.evaluation.pretrained import load_pretrained, Model, without_bos
 from nitp_titan.evaluation.scores import Score
 from nitp_titan.evaluation.store import ResultStore
-from nitp_titan.progress import time_left
+from nitp_titan.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,9 @@ def evaluate(models: Sequence[Model], plan: Plan, settings: Settings) -> Results
         left[model.name] = [(task, keys[task.name]) for task in plan.tasks if found[task.name] is None]
     if any(task.online for tasks in left.values() for task, _ in tasks):
         check_hub()
-    progress = _Progress(total=sum(len(tasks) for tasks in left.values()), kept=sum(map(len, scores.values())))
+    progress = Progress(sum(len(tasks) for tasks in left.values()))
+    if kept := sum(map(len, scores.values())):
+        print(f"{kept} results are there already, {progress.total} to run", flush=True)
     for model in models:
         if not left[model.name]:
             continue
@@ -74,7 +75,11 @@ def evaluate(models: Sequence[Model], plan: Plan, settings: Settings) -> Results
                 scores[model.name][task.name] = made
             except UserError as error:
                 failures[model.name, task.name] = str(error)
-            progress.finished(model, task, failures.get((model.name, task.name)))
+            progress.done += 1
+            failure = failures.get((model.name, task.name))
+            what = f" was not run: {failure}" if failure else ""
+            count = f"{progress.done} of {progress.total}, {progress.left}"
+            print(f"{model.name}: {task.name}{what} ({count})", flush=True)
         # Two models need not fit into memory at once.
         del loaded
     return Results(fingerprints, scores, failures)
@@ -92,18 +97,3 @@ def _run(task: Task, loaded: LoadedModel) -> dict[str, Score]:
         return task.run(loaded)
     except torch.OutOfMemoryError:
         raise UserError(f"too little device memory for --batch-size {loaded.batch_size}.") from None
-
-
-class _Progress:
-    """One line per task that was run, with the time left."""
-
-    def __init__(self, total: int, kept: int):
-        self.total, self.done, self.started = total, 0, time.monotonic()
-        if kept:
-            print(f"{kept} results are there already, {total} to run", flush=True)
-
-    def finished(self, model: Model, task: Task, failure: str | None) -> None:
-        self.done += 1
-        left = (self.total - self.done) * (time.monotonic() - self.started) / self.done
-        what = f" was not run: {failure}" if failure else ""
-        print(f"{model.name}: {task.name}{what} ({self.done} of {self.total}, left {time_left(left)})", flush=True)

@@ -11,8 +11,8 @@ import os
 import queue
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 # `python scripts/study` has the folder itself on the path, not the one it lies in.
@@ -25,7 +25,7 @@ from nitp_titan.config import recipe
 from nitp_titan.data.assets import prepare_stdlib_assets
 from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.machine import exits
-from nitp_titan.progress import time_left
+from nitp_titan.progress import Progress
 from study.report import mechanisms_table, read_study
 
 SEEDS = (1, 2, 3)
@@ -36,25 +36,16 @@ LARGE_VOCABULARY = ("assets/stdlib_16k", 16384)
 FLAGS = ["--metrics.log_freq", "1", "--geometry.interval", "25", "--validator.freq", "100"]
 
 
-class Progress:
-    """One line per finished run and per hundred steps, with the time left for all."""
+# Of the runs, which are threads here.
+PRINTING = threading.Lock()
 
-    def __init__(self, arms: list[Arm]):
-        self.total, self.done, self.trained = len(arms), 0, 0
-        self.started, self.lock = time.monotonic(), threading.Lock()
 
-    def say(self, arm: Arm, line: str) -> None:
-        step = line.removeprefix("step ").partition("/")[0]
-        if not line.startswith("step ") or (step.isdigit() and int(step) % 100 == 0):
-            with self.lock:
-                print(f"{arm.name}: {line}", flush=True)
-
-    def finished(self, *, trained: bool) -> None:
-        with self.lock:
-            self.done, self.trained = self.done + 1, self.trained + trained
-            if trained:
-                left = (self.total - self.done) * (time.monotonic() - self.started) / self.trained
-                print(f"{self.done} of {self.total} runs, left {time_left(left)}", flush=True)
+def log_line(arm: Arm, line: str) -> None:
+    """Every line of a run, but of its steps each hundredth."""
+    step = line.removeprefix("step ").partition("/")[0]
+    if not line.startswith("step ") or (step.isdigit() and int(step) % 100 == 0):
+        with PRINTING:
+            print(f"{arm.name}: {line}", flush=True)
 
 
 def main() -> None:
@@ -101,15 +92,20 @@ def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
         for seed in seeds
         for name in names
     ]
-    progress = Progress(arms)
+    progress = Progress(len(arms))
     cores = queue.SimpleQueue()
     for worker in range(parallel):
         cores.put(sorted(os.sched_getaffinity(0))[worker::parallel])
 
     def run(arm: Arm) -> None:
         finished = arm.finished()
-        arm.train(lambda line: progress.say(arm, line))
-        progress.finished(trained=not finished)
+        arm.train(partial(log_line, arm))
+        with PRINTING:
+            if finished:
+                progress.skip()
+                return
+            progress.done += 1
+            print(f"{progress.done} of {progress.total} runs, {progress.left}", flush=True)
 
     with ThreadPoolExecutor(parallel, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
         try:

@@ -75,7 +75,7 @@ def _write(path, texts):
 def _tokenize(source, tokenizer, folder, *, num_workers=1, num_shards=None):
     """The manifest of a new folder, and what the log said."""
     said = []
-    options = {"num_shards": num_shards, "num_workers": num_workers, "say": said.append}
+    options = {"num_shards": num_shards, "num_workers": num_workers, "log": said.append}
     manifest, is_new = tokenize(source, str(tokenizer), folder, **options)
     assert is_new
     return manifest, said
@@ -339,7 +339,7 @@ def test_a_killed_command_goes_on_to_the_same_folder(corpus, written, tmp_path):
     # A file that was lost is no finished shard, whatever the note says.
     (out / "shard_00000.tokens").write_bytes(b"cut")
     status, said = _script(*_flags(corpus, out), "--workers", "2")
-    assert status == 0 and "documents\ngoes on: " in said and "of 64 shards are there\n" in said and "\nwrote " in said
+    assert status == 0 and "documents\nresumes: " in said and "of 64 shards are there\n" in said and "\nwrote " in said
     assert (out / "shard_00001.tokens").stat().st_mtime_ns == times["shard_00001.tokens"]
     assert _contents(out) == _contents(written[0])
 

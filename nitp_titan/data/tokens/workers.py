@@ -1,4 +1,4 @@
-"""Processes that write the shards of a `Job`, and what the log says of them."""
+"""Processes that write the shards of a `Job`, and their lines of the log."""
 
 import logging
 import multiprocessing
@@ -6,37 +6,36 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from multiprocessing import connection
 
 from nitp_titan.data.tokens.folder import Shard
 from nitp_titan.data.tokens.shards import Job, load_tokenizer
 from nitp_titan.errors import UserError
-from nitp_titan.progress import time_left
+from nitp_titan.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def write_shards(job: Job, num_workers: int, say: Callable[[str], None]) -> None:
+def write_shards(job: Job, num_workers: int, log: Callable[[str], None]) -> None:
     """Write the shards that are not done yet.
 
     Args:
         job: which shards.
         num_workers: processes, as far as there are shards for them.
-        say: takes lines of the log.
+        log: takes lines of the log.
 
     Raises:
-        UserError: what the first worker that failed says; no other goes on then.
+        UserError: with the reason of the first worker that failed; the others are ended.
     """
     job.clear()
     progress = _Progress(job)
     if progress.done:
-        say(f"goes on: {len(progress.done)} of {job.num_shards} shards are there")
+        log(f"resumes: {len(progress.done)} of {job.num_shards} shards are there")
     pending = [shard for shard in range(job.num_shards) if shard not in progress.done]
     if job.num_documents is None and job.num_shards < num_workers:
         files = "1 file" if job.num_shards == 1 else f"{job.num_shards} files"
-        say(f"'{job.entry.name}' is streamed, {files} for {num_workers} workers: only so many of them read")
+        log(f"'{job.entry.name}' is streamed, {files} for {num_workers} workers: only so many of them read")
     # Not forked from here: this process has threads, and perhaps connections.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -50,7 +49,7 @@ def write_shards(job: Job, num_workers: int, say: Callable[[str], None]) -> None
             worker.start()
         while running := _running(workers, errors):
             connection.wait(running, timeout=progress.seconds_to_line())
-            progress.say(say)
+            progress.log(log)
     finally:
         for worker in workers:
             # Not those that an interruption kept from starting.
@@ -118,7 +117,9 @@ class _Progress:
         self.done: dict[int, Shard] = {}
         self._look()
         self._first = self._counts()
-        self._start = self._said = time.monotonic()
+        # The documents of a stream are known at its end only; its shards are.
+        self._unit, total = (0, job.num_shards) if job.num_documents is None else (1, job.num_documents)
+        self._progress = Progress(total, done=self._first[self._unit])
 
     def _look(self) -> None:
         for shard in range(self._job.num_shards):
@@ -133,16 +134,15 @@ class _Progress:
         return len(self.done), documents, tokens
 
     def seconds_to_line(self) -> float:
-        return max(0.0, self._said + SECONDS_BETWEEN_LINES - time.monotonic())
+        return self._progress.seconds_to_line(SECONDS_BETWEEN_LINES)
 
-    def say(self, say: Callable[[str], None]) -> None:
+    def log(self, log: Callable[[str], None]) -> None:
         """A line, if it is time for one."""
-        if self.seconds_to_line() > 0:
+        if not self._progress.line_due(SECONDS_BETWEEN_LINES):
             return
-        self._said = time.monotonic()
         self._look()
         shards, documents, tokens = now = self._counts()
-        seconds = self._said - self._start
+        self._progress.done = now[self._unit]
         if now == self._first:
             # The workers are still starting.
             return
@@ -150,13 +150,7 @@ class _Progress:
             f"shard {shards}/{self._job.num_shards}",
             f"documents {documents:,}",
             f"tokens {tokens:,}",
-            f"{(tokens - self._first[2]) / seconds:,.0f} tok/s",
-            self._left(now, seconds),
+            f"{(tokens - self._first[2]) / self._progress.seconds:,.0f} tok/s",
+            self._progress.left,
         ]
-        say("  ".join(part for part in parts if part))
-
-    def _left(self, now: tuple[int, int, int], seconds: float) -> str:
-        # How many documents a stream has is known at its end only.
-        which, total = (0, self._job.num_shards) if self._job.num_documents is None else (1, self._job.num_documents)
-        written = now[which] - self._first[which]
-        return f"left {time_left((total - now[which]) / written * seconds)}" if written > 0 else ""
+        log("  ".join(part for part in parts if part))

@@ -173,7 +173,7 @@ def tokenize(
     *,
     num_shards: int | None = None,
     num_workers: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[Manifest, bool]:
     """Tokenize a source into a folder, or resume it.
 
@@ -183,7 +183,7 @@ def tokenize(
         num_shards: files of tokens; by default 64, more where one would hold more than 256 MiB of text, and for a
             streamed source the number of its files.
         num_workers: processes.
-        say: takes lines of the log.
+        log: takes lines of the log.
 
     Returns:
         The manifest, and whether anything was written.
@@ -199,10 +199,10 @@ def tokenize(
     try:
         with alone_in(folder):
             job = open_job(source, tokenizer, folder, settings, num_shards)
-            say(described(job.entry, job.data))
+            log(described(job.entry, job.data))
             if others := left_out(job.entry):
-                say(f"warning: {others}")
-            write_shards(job, num_workers, say)
+                log(f"warning: {others}")
+            write_shards(job, num_workers, log)
             return job.finish(settings), True
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}.") from None
