@@ -4,7 +4,7 @@ python scripts/compare.py outputs/debug/ntp_debug outputs/debug/nitp_debug --out
 python scripts/compare.py outputs/study/ntp outputs/study/nitp --out outputs/report   # a run per seed in each
 python scripts/compare.py small=outputs/a large=outputs/b --out outputs/report               # names of your own
 
-Runs that differ in their seed only are one arm; the arm without NITP is the baseline. Runs that are still going are
+Runs that differ in their seed only are one variant; the variant without NITP is the baseline. Unfinished runs are
 compared as far as they are.
 """
 
@@ -16,7 +16,7 @@ import _checkout  # noqa: F401
 from nitp_titan.errors import UserError
 from nitp_titan.machine import exits
 from nitp_titan.report.page import markdown_table, Report
-from nitp_titan.report.runs import read_arms
+from nitp_titan.report.runs import read_variants
 
 
 def main() -> None:
@@ -27,8 +27,8 @@ def main() -> None:
         "--spectrum-step", type=int, action="append", default=[], help="step whose eigenvalue spectra are drawn; repeat"
     )
     arguments = parser.parse_args()
-    arms, problems = read_arms(arguments.runs)
-    report = Report(arms, problems, spectrum_steps=arguments.spectrum_step)
+    variants, problems = read_variants(arguments.runs)
+    report = Report(variants, problems, spectrum_steps=arguments.spectrum_step)
     try:
         report.write(arguments.out)
     except OSError as error:

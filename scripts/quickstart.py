@@ -1,4 +1,4 @@
-"""Train the NTP and the NITP arm of the quickstart recipe with the same seed, data and order, and compare them.
+"""Train the quickstart recipe with NTP and with NITP, with the same seed, data and order, and compare them.
 
 python scripts/quickstart.py [--steps 20] [--out outputs/quickstart]
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from nitp_titan.cli.launch import Arm
+from nitp_titan.cli.launch import TrainingRun
 from nitp_titan.config import recipe
 from nitp_titan.data.assets import prepare_stdlib_assets
 from nitp_titan.machine import exits
 from nitp_titan.report.page import markdown_table, Report
-from nitp_titan.report.runs import read_arms
+from nitp_titan.report.runs import read_variants
 
 NEXT = """
 next    source .venv/bin/activate     # every other command needs it
@@ -25,12 +25,12 @@ next    source .venv/bin/activate     # every other command needs it
         torchrun --nproc_per_node 1 -m nitp_titan.train --recipe debug/nitp_debug
         python scripts/export_hf.py --checkpoint {out}/nitp --out outputs/hf/nitp"""
 
-ARMS = {"ntp": "debug/ntp_quickstart", "nitp": "debug/nitp_quickstart"}
+VARIANTS = {"ntp": "debug/ntp_quickstart", "nitp": "debug/nitp_quickstart"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="optimizer steps per arm (default: the recipe's)")
+    parser.add_argument("--steps", type=int, help="optimizer steps per run (default: the recipe's)")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/quickstart"), help="folder of both runs and the report (%(default)s)"
     )
@@ -47,8 +47,8 @@ def main() -> None:
     # Curves are averages over logged steps: single batches are noisy.
     flags = ["--metrics.log_freq", "1"]
     flags += [] if arguments.steps is None else ["--training.steps", str(arguments.steps)]
-    for name, recipe_name in ARMS.items():
-        arm = Arm(
+    for name, recipe_name in VARIANTS.items():
+        run = TrainingRun(
             name=name,
             recipe=recipe.find(recipe_name, "recipes"),
             train_config=recipe.default_train_config(),
@@ -56,21 +56,21 @@ def main() -> None:
             flags=flags,
             data=manifest["train"],
         )
-        arm.train(partial(_say, name))
+        run.train(partial(_log_line, name))
 
     folder = arguments.out / "report"
-    report = Report(*read_arms([f"{name}={arguments.out / name}" for name in ARMS]))
+    report = Report(*read_variants([f"{name}={arguments.out / name}" for name in VARIANTS]))
     report.write(folder)
     print("\n" + markdown_table(report) + "\n\n" + "\n".join(report.sentences()))
     print(f"\nruns    {arguments.out}/ntp  {arguments.out}/nitp\nreport  {folder}/index.html  {folder}/report.md")
     print(NEXT.format(out=arguments.out))
 
 
-def _say(arm: str, line: str) -> None:
-    """Print a line of an arm; of the steps every tenth, the first and the last."""
+def _log_line(run: str, line: str) -> None:
+    """Print a line of a run; of the steps every tenth, the first and the last."""
     step = re.match(r"step (\d+)/(\d+)", line)
     if step is None or int(step[1]) % 10 == 0 or step[1] in ("1", step[2]):
-        print(f"{arm}: {line}", flush=True)
+        print(f"{run}: {line}", flush=True)
 
 
 if __name__ == "__main__":

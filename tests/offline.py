@@ -31,12 +31,12 @@ def command(line: str) -> None:
     print(f"DONE {time.monotonic() - started:.1f} s: {line}", flush=True)
 
 
-def train(arm: str, steps: int, *flags: str) -> None:
-    recipe = "nitp" if arm == "nitp" else "ntp"
+def train(variant: str, steps: int, *flags: str) -> None:
+    recipe = "nitp" if variant == "nitp" else "ntp"
     data = f"--hf_assets_path {ASSETS} --dataloader.dataset_path {ASSETS}/train.jsonl"
     data += f" --validator.dataloader.dataset_path {ASSETS}/validation.jsonl"
     command(
-        f"-m nitp_titan.train --recipe debug/{recipe}_debug --train-config cpu --dump_folder {RUNS}/{arm} {data} "
+        f"-m nitp_titan.train --recipe debug/{recipe}_debug --train-config cpu --dump_folder {RUNS}/{variant} {data} "
         f"--training.steps {steps} --validator.freq 2 --validator.steps 1 --checkpoint.interval 2 "
         f"--metrics.log_freq 1 {' '.join(flags)}"
     )

@@ -98,7 +98,7 @@ def test_ctrl_c_in_the_quickstart_lets_its_run_save_and_says_how_to_go_on(assets
     assert said.splitlines()[-1] == "interrupted: runs keep what they have saved; the same command resumes."
     assert "Traceback" not in said and "Stopped by Ctrl-C after step" in (tmp_path / "ntp/log.txt").read_text()
     assert list((tmp_path / "ntp/checkpoint").glob("step-*/.metadata")) and not (tmp_path / "nitp").exists()
-    assert json.loads((tmp_path / "ntp/arm.json").read_text())["finished"] is False
+    assert json.loads((tmp_path / "ntp/run.json").read_text())["finished"] is False
 
 
 def test_the_tests_for_a_gpu_do_not_pass_without_one():

@@ -212,9 +212,11 @@ def test_the_quickstart_writes_both_runs_and_the_report_and_a_second_time_is_fas
     command = [sys.executable, "scripts/quickstart.py", "--steps", "3", "--out", str(tmp_path)]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    for arm in ("ntp", "nitp"):
-        assert read_records(tmp_path / arm / "metrics.jsonl")[-1]["tokens"] > 0
-        assert (tmp_path / arm / "resolved.toml").exists() and (tmp_path / arm / "checkpoint/step-3/.metadata").exists()
+    for variant in ("ntp", "nitp"):
+        assert read_records(tmp_path / variant / "metrics.jsonl")[-1]["tokens"] > 0
+        assert (tmp_path / variant / "resolved.toml").exists() and (
+            tmp_path / variant / "checkpoint/step-3/.metadata"
+        ).exists()
     assert (tmp_path / "report/index.html").exists() and (tmp_path / "report/overview.png").exists()
     assert "| nitp | " in first.stdout and "report/index.html" in first.stdout and "nitp: step 1/3" in first.stdout
     # A newcomer is outside of the environment, which every other command needs.

@@ -186,13 +186,13 @@ def test_an_interruption_is_one_whatever_became_of_it(capsys, error):
 
 
 def test_a_damaged_file_of_ours_is_named_and_a_missing_one_is_none(tmp_path):
-    assert read_own(tmp_path / "arm.json") is None
+    assert read_own(tmp_path / "run.json") is None
     for content in ("{", "[1]", ""):
-        (tmp_path / "arm.json").write_text(content)
-        with pytest.raises(UserError, match=r"arm\.json is damaged: .* Remove it, or choose another folder\.$"):
-            read_own(tmp_path / "arm.json")
-    (tmp_path / "arm.json").write_text('{"a": 1}')
-    assert read_own(tmp_path / "arm.json") == {"a": 1}
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(UserError, match=r"run\.json is damaged: .* Remove it, or choose another folder\.$"):
+            read_own(tmp_path / "run.json")
+    (tmp_path / "run.json").write_text('{"a": 1}')
+    assert read_own(tmp_path / "run.json") == {"a": 1}
 
 
 RANK = """

@@ -32,7 +32,7 @@ SIZES = {
     "dense/{}_2b": (2.096, 2.096),
     "dense/{}_3b": (3.032, 3.032),
 }
-ARMS = [(name, name.format(arm)) for name in TABLE for arm in ("ntp", "nitp")]
+VARIANTS = [(name, name.format(variant)) for name in TABLE for variant in ("ntp", "nitp")]
 COMMON = {
     "optimizer": {"betas": [0.9, 0.95], "weight_decay": 0.1},
     "training": {"seq_len": 8192, "max_norm": 1.0},
@@ -76,7 +76,7 @@ def _tables(name):
     return recipe.read_recipe(recipe.find(name, "recipes")).tables
 
 
-@pytest.mark.parametrize(("row", "name"), ARMS)
+@pytest.mark.parametrize(("row", "name"), VARIANTS)
 def test_every_number_of_the_papers_table_is_in_the_recipe(row, name):
     (lr, batch, _, dim, layers, head_dim, heads, kv_heads, experts, shared, top_k, ffn, expert_ffn, target, weight) = (
         TABLE[row]
@@ -110,7 +110,7 @@ def _check_experts(layer, experts, shared, top_k, expert_ffn):
     assert layer.moe.shared_experts.w1.out_features == shared * expert_ffn
 
 
-@pytest.mark.parametrize(("row", "name"), ARMS)
+@pytest.mark.parametrize(("row", "name"), VARIANTS)
 def test_steps_follow_from_the_papers_tokens(row, name):
     batch, tokens = TABLE[row][1:3]
     steps = _tables(name)["training"]["steps"]

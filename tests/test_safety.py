@@ -81,7 +81,7 @@ def session(tmp_path_factory):
 
 
 def test_commands_on_local_files_try_no_network(session):
-    """List, check, make assets, train both arms, resume, compare, export, evaluate, probe."""
+    """List, check, make assets, train both variants, resume, compare, export, evaluate, probe."""
     folder, done, attempts, _ = session
     assert not attempts
     for made in ("report/report.md", "hf/model.safetensors", "evaluation/results.json", "geometry/geometry.json"):

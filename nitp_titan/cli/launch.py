@@ -15,13 +15,13 @@ from nitp_titan.config import recipe
 from nitp_titan.errors import UserError
 from nitp_titan.files import archive, read_own, write_atomically
 
-_STAMP = "arm.json"
+_STAMP = "run.json"
 # Training processes that threads of this process wait for.
 _running: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
-class Arm:
+class TrainingRun:
     """One training run on one rank.
 
     Args:
@@ -55,7 +55,7 @@ class Arm:
         return self._stamp() == {"fingerprint": self.fingerprint(), "finished": True}
 
     def train(self, say: Callable[[str], None]) -> None:
-        """Train the arm unless it is finished; one that was stopped goes on. Its full log is ``<folder>/log.txt``.
+        """Train the run unless it is finished; one that was stopped resumes. Its full log is ``<folder>/log.txt``.
 
         Args:
             say: takes a line for every logged step.

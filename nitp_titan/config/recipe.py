@@ -192,7 +192,7 @@ def _find_own_files(tables: dict[str, Any]) -> None:
 
 
 def _name_run(settings: Settings, recipe: Path) -> None:
-    """Put the recipe's name into ``dump_folder``, so that two arms on one train config do not share a folder.
+    """Put the recipe's name into ``dump_folder``, so that two variants on one train config do not share a folder.
 
     Weights & Biases gets it too, with the model as the group of runs to compare.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from nitp_titan import markdown
 from nitp_titan.report import drawing, plots, runs
-from nitp_titan.report.runs import Arm, Differences
+from nitp_titan.report.runs import Differences, Variant
 from nitp_titan.report.stats import (
     Difference,
     difference,
@@ -22,8 +22,8 @@ from nitp_titan.report.stats import (
 _NOTE = (
     f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of the steps that all "
     "runs have logged, validation figures are of the last such step; ± is half the range over seeds. Validation "
-    "figures are of the same validation tokens in every arm. Runs one after the other say nothing of what an arm "
-    "costs: scripts/overhead measures that. Intervals are 95% bootstrap intervals of the mean difference over "
+    "figures are of the same validation tokens in every variant. Runs one after the other do not show the cost of a "
+    "variant: scripts/overhead measures that. Intervals are 95% bootstrap intervals of the mean difference over "
     "pairs of the same seed; with three pairs such an interval goes from the smallest to the largest difference and "
     "leaves out zero by chance alone in one comparison of four."
 )
@@ -37,47 +37,49 @@ _OF_INTEREST = (
 
 
 class Report:
-    """A comparison of arms with the first, read once and written as page and Markdown.
+    """A comparison of variants with the first, read once and written as page and Markdown.
 
     Args:
-        arms: baseline first.
+        variants: baseline first.
         problems: what could not be read.
         spectrum_steps: steps whose spectra are drawn; by default the first, a middle one and the last.
     """
 
-    def __init__(self, arms: Sequence[Arm], problems: Sequence[str] = (), *, spectrum_steps: Sequence[int] = ()):
-        self.arms, self.problems = list(arms), list(problems)
-        every_run = [run for arm in arms for run in arm.runs]
+    def __init__(
+        self, variants: Sequence[Variant], problems: Sequence[str] = (), *, spectrum_steps: Sequence[int] = ()
+    ):
+        self.variants, self.problems = list(variants), list(problems)
+        every_run = [run for variant in variants for run in variant.runs]
         self.steps = {figure: figure.steps(every_run) for figure in (TOKENS, *FIGURES)}
-        self.settings: Differences = runs.differences(arms)
+        self.settings: Differences = runs.differences(variants)
         self.settings.warnings.extend(
             f"{figure.name}: the runs have no step in common; it is not compared."
             for figure in FIGURES
             if not self.steps[figure] and any(figure.series(run)[0] for run in every_run)
         )
-        self.drawings = plots.drawings(arms, spectrum_steps)
+        self.drawings = plots.drawings(variants, spectrum_steps)
 
     @property
-    def baseline(self) -> Arm:
-        return self.arms[0]
+    def baseline(self) -> Variant:
+        return self.variants[0]
 
     def title(self) -> str:
-        others = ", ".join(arm.name for arm in self.arms[1:])
+        others = ", ".join(variant.name for variant in self.variants[1:])
         return f"{others} against {self.baseline.name}" if others else self.baseline.name
 
-    def values(self, arm: Arm, figure: Figure) -> list[float]:
-        """The final figure of every run of an arm that has it."""
-        return [value for run in arm.runs if (value := figure.of(run, self.steps[figure])) is not None]
+    def values(self, variant: Variant, figure: Figure) -> list[float]:
+        """The final figure of every run of a variant that has it."""
+        return [value for run in variant.runs if (value := figure.of(run, self.steps[figure])) is not None]
 
     def final_table(self) -> tuple[list[str], list[list[str]]]:
-        """Header, rows of means over seeds, one per arm, and a last row with the steps of every figure."""
-        shown = [figure for figure in FIGURES if any(self.values(arm, figure) for arm in self.arms)]
-        header = ["arm", "runs", TOKENS.name, *(figure.name for figure in shown)]
+        """Header, rows of means over seeds, one per variant, and a last row with the steps of every figure."""
+        shown = [figure for figure in FIGURES if any(self.values(variant, figure) for variant in self.variants)]
+        header = ["variant", "runs", TOKENS.name, *(figure.name for figure in shown)]
         rows = []
-        for arm in self.arms:
-            tokens = self.values(arm, TOKENS)
-            row = [arm.name, str(len(arm.runs)), f"{fmean(tokens):{TOKENS.form}}" if tokens else "-"]
-            rows.append([*row, *(self._cell(arm, figure) for figure in shown)])
+        for variant in self.variants:
+            tokens = self.values(variant, TOKENS)
+            row = [variant.name, str(len(variant.runs)), f"{fmean(tokens):{TOKENS.form}}" if tokens else "-"]
+            rows.append([*row, *(self._cell(variant, figure) for figure in shown)])
         return header, [*rows, ["at step", "", *(self.at(figure) for figure in (TOKENS, *shown))]]
 
     def at(self, figure: Figure) -> str:
@@ -85,8 +87,8 @@ class Report:
         steps = self.steps[figure]
         return "-" if not steps else f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
 
-    def _cell(self, arm: Arm, figure: Figure) -> str:
-        values = self.values(arm, figure)
+    def _cell(self, variant: Variant, figure: Figure) -> str:
+        values = self.values(variant, figure)
         if not values:
             return "-"
         spread = (max(values) - min(values)) / 2
@@ -94,19 +96,19 @@ class Report:
         return f"{fmean(values):z{figure.form}}{plus_minus}"
 
     def difference_table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the differences to the baseline, one per figure and arm."""
-        header = ["figure", "at step", "arm", "difference", "95% interval", "pairs", "the data"]
+        """Header and rows of the differences to the baseline, one per figure and variant."""
+        header = ["figure", "at step", "variant", "difference", "95% interval", "pairs", "the data"]
         rows = []
         for figure in FIGURES:
-            for arm in self.arms[1:]:
-                found = self._difference(arm, figure) if figure.compared else None
+            for variant in self.variants[1:]:
+                found = self._difference(variant, figure) if figure.compared else None
                 if found is not None:
                     cells = self._difference_cells(found, figure.form)
-                    rows.append([figure.name, self.at(figure), arm.name, *cells])
+                    rows.append([figure.name, self.at(figure), variant.name, *cells])
         return header, rows
 
-    def _difference(self, arm: Arm, figure: Figure) -> Difference | None:
-        return difference(arm, self.baseline, figure, self.steps[figure])
+    def _difference(self, variant: Variant, figure: Figure) -> Difference | None:
+        return difference(variant, self.baseline, figure, self.steps[figure])
 
     @staticmethod
     def _difference_cells(found: Difference, form: str) -> list[str]:
@@ -118,23 +120,23 @@ class Report:
         return [f"{found.value:+z{form}}", interval, str(found.pairs), verdict]
 
     def sentences(self) -> list[str]:
-        """What the data show and what they do not: a plain sentence per arm, then the phases of the NITP loss."""
-        said = [sentence for arm in self.arms[1:] if (sentence := self._compared(arm))]
-        said += [sentence for arm in self.arms if (sentence := self._phases(arm))]
-        return said if len(self.arms) > 1 else ["One arm alone is no comparison.", *said]
+        """What the data show and what they do not: a plain sentence per variant, then the phases of the NITP loss."""
+        said = [sentence for variant in self.variants[1:] if (sentence := self._compared(variant))]
+        said += [sentence for variant in self.variants if (sentence := self._phases(variant))]
+        return said if len(self.variants) > 1 else ["One variant alone is no comparison.", *said]
 
-    def _compared(self, arm: Arm) -> str:
+    def _compared(self, variant: Variant) -> str:
         by_name = {figure.name: figure for figure in FIGURES}
         found: dict[Figure, Difference] = {}
         for choices in _OF_INTEREST:
             for figure in (by_name[name] for name in choices):
-                if (one := self._difference(arm, figure)) is not None:
+                if (one := self._difference(variant, figure)) is not None:
                     found[figure] = one
                     break
         if not found:
-            return f"{arm.name} and {self.baseline.name} have no seed or no step in common: nothing is compared."
+            return f"{variant.name} and {self.baseline.name} have no seed or no step in common: nothing is compared."
         pairs = max(one.pairs for one in found.values())
-        head = f"{arm.name} against {self.baseline.name}"
+        head = f"{variant.name} against {self.baseline.name}"
         values = {
             figure: f"{figure.name} {one.value:+z{figure.form}}"
             + (f" ({one.interval[0]:+z{figure.form}} to {one.interval[1]:+z{figure.form}})" if one.interval else "")
@@ -142,7 +144,7 @@ class Report:
             for figure, one in found.items()
         }
         if all(one.interval is None for one in found.values()):
-            runs = "one run per arm" if pairs == 1 else f"{pairs} pairs of runs"
+            runs = "one run per variant" if pairs == 1 else f"{pairs} pairs of runs"
             return (
                 f"{head}: {'; '.join(values.values())}. With {runs} all of this may be chance: the data show nothing."
             )
@@ -154,15 +156,15 @@ class Report:
         return f"{head}, {pairs} seeds: {', and '.join(parts if rest else parts[:1])}."
 
     @staticmethod
-    def _phases(arm: Arm) -> str:
-        marks = [found for run in arm.runs if (found := phases(*run.series("nitp_loss")))]
+    def _phases(variant: Variant) -> str:
+        marks = [found for run in variant.runs if (found := phases(*run.series("nitp_loss")))]
         if not marks:
             return ""
         start, collapse, hump, end = (fmean(found[name][1] for found in marks) for name in marks[0])
         steps = {name: sorted(found[name][0] for found in marks) for name in ("collapse", "hump")}
         at = {name: f"step {s[0]:,}" if s[0] == s[-1] else f"steps {s[0]:,} to {s[-1]:,}" for name, s in steps.items()}
         return (
-            f"NITP loss of {arm.name} (moving average): {start:.3f} at the first step, collapses to {collapse:.3f} "
+            f"NITP loss of {variant.name} (moving average): {start:.3f} at the first step, collapses to {collapse:.3f} "
             f"({at['collapse']}), rises to {hump:.3f} ({at['hump']}), ends at {end:.3f}."
         )
 
@@ -204,8 +206,8 @@ class Report:
             differences = f"<h2>Differences to {escape(self.baseline.name)}</h2>{_html_table(*self.difference_table())}"
         settings = "".join(self._settings_parts(_html_table, _html_list))
         key = "".join(
-            f'<span><i style="background:{plots.color(self.arms, arm)}"></i>{escape(arm.name)}</span>'
-            for arm in self.arms
+            f'<span><i style="background:{plots.color(self.variants, variant)}"></i>{escape(variant.name)}</span>'
+            for variant in self.variants
         )
         return _PAGE.format(
             title=escape(self.title()),
@@ -222,7 +224,7 @@ class Report:
         )
 
     def _settings_parts(self, table: Callable, bullets: Callable) -> list[str]:
-        known = [arm.name for arm in self.arms if arm.settings]
+        known = [variant.name for variant in self.variants if variant.settings]
         groups = {**self.settings.nitp, **self.settings.others}
         if not groups:
             return [bullets(["Nothing but the seeds." if known else "The settings of the runs are unknown."])]

@@ -10,10 +10,10 @@ from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 
 from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.runs import (
-    Arm,
     common_steps,
     Run,
     Series,
+    Variant,
 )
 from nitp_titan.report.stats import phases, smoothed
 
@@ -29,42 +29,49 @@ _GEOMETRY = {
 OVERVIEW = ("ntp_loss", "nitp_loss", "effective_rank", "cosine")
 
 
-def drawings(arms: Sequence[Arm], spectrum_steps: Sequence[int] = ()) -> list[Drawing]:
+def drawings(variants: Sequence[Variant], spectrum_steps: Sequence[int] = ()) -> list[Drawing]:
     """All figures that the runs have data for."""
-    several = any(len(arm.runs) > 1 for arm in arms)
+    several = any(len(variant.runs) > 1 for variant in variants)
     band = " Line: mean over seeds; band: smallest to largest." if several else ""
     return [
-        *_losses(arms, band),
-        *_geometry(arms, band),
-        *_spectra(arms, spectrum_steps, several),
-        *_layers(arms),
-        *_training(arms, band),
+        *_losses(variants, band),
+        *_geometry(variants, band),
+        *_spectra(variants, spectrum_steps, several),
+        *_layers(variants),
+        *_training(variants, band),
     ]
 
 
-def _losses(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
+def _losses(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
     ntp, validation, nitp = _logged("ntp_loss"), Run.validation_series, _logged("nitp_loss")
-    if _any(arms, ntp):
+    if _any(variants, ntp):
         caption = "Cross-entropy of the training mini-batches, moving average." + band
-        yield Drawing("ntp_loss", "NTP loss", caption, _zoomed(arms, ntp, "nats per token", smooth=True))
-    if _any(arms, validation):
+        yield Drawing("ntp_loss", "NTP loss", caption, _zoomed(variants, ntp, "nats per token", smooth=True))
+    if _any(variants, validation):
         caption = "Cross-entropy of the validation data." + band
-        draw = _zoomed(arms, validation, "nats per token")
+        draw = _zoomed(variants, validation, "nats per token")
         yield Drawing("validation_ntp_loss", "Validation NTP loss", caption, draw)
-    if _any(arms, nitp):
+    if _any(variants, nitp):
         caption = "Moving average; dots mark the end of the collapse, the hump and the last step (Figure 5)." + band
-        yield Drawing("nitp_loss", "NITP loss", caption, _phases_marked(arms, nitp))
+        yield Drawing("nitp_loss", "NITP loss", caption, _phases_marked(variants, nitp))
 
 
-def _geometry(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
+def _geometry(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
     for of, prefix, where, caption in (
         (_measured, "", "", "Last hidden states of the training mini-batches (Figure 1, App. D)."),
-        (_validated, "validation_", ", fixed tokens", "Last hidden states of the same validation tokens in every arm."),
+        (
+            _validated,
+            "validation_",
+            ", fixed tokens",
+            "Last hidden states of the same validation tokens in all variants.",
+        ),
     ):
         for figure, (title, label, axis) in _GEOMETRY.items():
-            yield from _plain(arms, of("hidden", figure), prefix + figure, title + where, caption + band, label, **axis)
+            yield from _plain(
+                variants, of("hidden", figure), prefix + figure, title + where, caption + band, label, **axis
+            )
     yield from _plain(
-        arms,
+        variants,
         _measured("target", "effective_rank"),
         "target_effective_rank",
         "Effective rank of the implicit target",
@@ -74,43 +81,45 @@ def _geometry(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
     )
 
 
-def _spectra(arms: Sequence[Arm], wanted: Sequence[int], several: bool) -> Iterator[Drawing]:
-    if steps := chosen_steps(arms, wanted):
+def _spectra(variants: Sequence[Variant], wanted: Sequence[int], several: bool) -> Iterator[Drawing]:
+    if steps := chosen_steps(variants, wanted):
         lines = ", ".join(f"{style} at step {step:,}" for step, style in zip(steps, _SPECTRUM_STYLES))
-        whose = ", first seed of each arm: " if several else ": "
+        whose = ", first seed of each variant: " if several else ": "
         caption = f"Covariance of the last hidden states{whose}{lines}."
-        yield Drawing("spectra", "Eigenvalue spectrum", caption, _spectra_at(arms, steps))
+        yield Drawing("spectra", "Eigenvalue spectrum", caption, _spectra_at(variants, steps))
 
 
-def _layers(arms: Sequence[Arm]) -> Iterator[Drawing]:
-    runs = [run for arm in arms for run in arm.runs]
+def _layers(variants: Sequence[Variant]) -> Iterator[Drawing]:
+    runs = [run for variant in variants for run in variant.runs]
     for figure, (title, label, _) in _GEOMETRY.items():
-        # Layers of different steps say nothing of the arms.
+        # Layers of different steps say nothing of the variants.
         steps = common_steps(run.geometry_series("layer_0", figure) for run in runs)
         if steps:
             caption = f"Output of every layer at step {steps[-1]:,}."
             label = label.removesuffix(" (log scale)")
-            yield Drawing(f"layers_{figure}", f"{title} by layer", caption, _by_layer(arms, figure, label, steps[-1]))
+            yield Drawing(
+                f"layers_{figure}", f"{title} by layer", caption, _by_layer(variants, figure, label, steps[-1])
+            )
 
 
-def _training(arms: Sequence[Arm], band: str) -> Iterator[Drawing]:
-    caption = "The same line for every arm of a fair comparison."
-    yield from _plain(arms, _logged("lr"), "learning_rate", "Learning rate", caption, "learning rate")
+def _training(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
+    caption = "The same line for every variant of a fair comparison."
+    yield from _plain(variants, _logged("lr"), "learning_rate", "Learning rate", caption, "learning rate")
     speed = _logged("tokens_per_second")
-    if _any(arms, speed):
+    if _any(variants, speed):
         caption = "Tokens per second over all ranks, moving average. At other times a machine has other loads." + band
-        draw = _labelled(_curves(arms, speed, smooth=True), "tokens/s", ylim=(0, None))
+        draw = _labelled(_curves(variants, speed, smooth=True), "tokens/s", ylim=(0, None))
         yield Drawing("throughput", "Throughput", caption, draw)
     caption = "Before clipping, of NTP and NITP together; single steps." + band
-    yield from _plain(arms, _logged("grad_norm"), "gradient_norm", "Gradient norm", caption, "norm", log=True)
+    yield from _plain(variants, _logged("grad_norm"), "gradient_norm", "Gradient norm", caption, "norm", log=True)
 
 
 def _plain(
-    arms: Sequence[Arm], of: Callable[[Run], Series], name: str, title: str, caption: str, label: str, **limits
+    variants: Sequence[Variant], of: Callable[[Run], Series], name: str, title: str, caption: str, label: str, **limits
 ) -> Iterator[Drawing]:
     """The curves of a figure as they are, if a run has it."""
-    if _any(arms, of):
-        yield Drawing(name, title, caption, _labelled(_curves(arms, of), label, **limits))
+    if _any(variants, of):
+        yield Drawing(name, title, caption, _labelled(_curves(variants, of), label, **limits))
 
 
 def _logged(key: str) -> Callable[[Run], Series]:
@@ -125,37 +134,39 @@ def _validated(state: str, figure: str) -> Callable[[Run], Series]:
     return lambda run: run.validation_geometry_series(state, figure)
 
 
-def _any(arms: Sequence[Arm], of: Callable[[Run], Series]) -> bool:
-    return any(of(run)[0] for arm in arms for run in arm.runs)
+def _any(variants: Sequence[Variant], of: Callable[[Run], Series]) -> bool:
+    return any(of(run)[0] for variant in variants for run in variant.runs)
 
 
-def color(arms: Sequence[Arm], arm: Arm) -> str:
-    """The arm's colour, the same in every figure."""
-    return COLORS[arms.index(arm) % len(COLORS)]
+def color(variants: Sequence[Variant], variant: Variant) -> str:
+    """The variant's colour, the same in every figure."""
+    return COLORS[variants.index(variant) % len(COLORS)]
 
 
-def _curves(arms: Sequence[Arm], of: Callable[[Run], Series], *, smooth: bool = False) -> Callable[[Axes], None]:
-    """Mean of each arm's runs with the band from their smallest to their largest value."""
+def _curves(
+    variants: Sequence[Variant], of: Callable[[Run], Series], *, smooth: bool = False
+) -> Callable[[Axes], None]:
+    """Mean of each variant's runs with the band from their smallest to their largest value."""
 
     def draw(axes: Axes) -> None:
-        for index, arm in enumerate(arms):
-            steps, rows = _aligned([of(run) for run in arm.runs])
+        for index, variant in enumerate(variants):
+            steps, rows = _aligned([of(run) for run in variant.runs])
             if not steps:
                 continue
             line = [fmean(column) for column in zip(*rows)]
             rows = [smoothed(row) for row in rows] if smooth else rows
-            shade = color(arms, arm)
+            shade = color(variants, variant)
             if smooth and len(rows) == 1:
                 axes.plot(steps, line, color=shade, alpha=0.25, linewidth=0.7)
             if len(rows) > 1:
                 columns = list(zip(*rows))
                 low, high = [min(column) for column in columns], [max(column) for column in columns]
                 axes.fill_between(steps, low, high, color=shade, alpha=0.2, linewidth=0)
-            # Arms may coincide: the first is drawn widest and below, so that it shows under the others.
-            width = 1.5 + (1.5 if index == 0 and len(arms) > 1 else 0)
+            # Variants may coincide: the first is drawn widest and below, so that it shows under the others.
+            width = 1.5 + (1.5 if index == 0 and len(variants) > 1 else 0)
             points: dict[str, Any] = {} if len(steps) > 1 else {"marker": "o"}
             line = smoothed(line) if smooth else line
-            axes.plot(steps, line, color=shade, label=arm.name, linewidth=width, **points)
+            axes.plot(steps, line, color=shade, label=variant.name, linewidth=width, **points)
         axes.set_xlabel("step")
 
     return draw
@@ -171,14 +182,14 @@ def _aligned(series: Sequence[Series]) -> tuple[list[int], list[list[float]]]:
 
 
 def _zoomed(
-    arms: Sequence[Arm], of: Callable[[Run], Series], label: str, *, smooth: bool = False
+    variants: Sequence[Variant], of: Callable[[Run], Series], label: str, *, smooth: bool = False
 ) -> Callable[[Axes], None]:
     """The curves after their steep start: the axis ends a little above the later values, and its label says so."""
-    curves = _curves(arms, of, smooth=smooth)
+    curves = _curves(variants, of, smooth=smooth)
 
     def zoomed(axes: Axes) -> None:
         curves(axes)
-        found = [[v for v in of(run)[1] if math.isfinite(v)] for arm in arms for run in arm.runs]
+        found = [[v for v in of(run)[1] if math.isfinite(v)] for variant in variants for run in variant.runs]
         later = [value for values in found for value in values[len(values) // 8 :]]
         cut = ""
         if later:
@@ -211,20 +222,20 @@ def _log_scaled(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _phases_marked(arms: Sequence[Arm], of: Callable[[Run], Series]) -> Callable[[Axes], None]:
-    curves = _curves(arms, of, smooth=True)
+def _phases_marked(variants: Sequence[Variant], of: Callable[[Run], Series]) -> Callable[[Axes], None]:
+    curves = _curves(variants, of, smooth=True)
 
     def draw(axes: Axes) -> None:
         curves(axes)
         found = []
-        for arm in arms:
-            steps, rows = _aligned([of(run) for run in arm.runs])
+        for variant in variants:
+            steps, rows = _aligned([of(run) for run in variant.runs])
             if marks := phases(steps, [fmean(column) for column in zip(*rows)]):
                 found.append(marks)
                 for name in ("collapse", "hump", "end"):
-                    axes.plot(*marks[name], marker="o", markersize=4, color=color(arms, arm))
+                    axes.plot(*marks[name], marker="o", markersize=4, color=color(variants, variant))
         axes.set(ylabel="NITP loss", ylim=(0, None))
-        # Room for the words above every curve, at the first arm's phases.
+        # Room for the words above every curve, at the first variant's phases.
         if found:
             top = axes.get_ylim()[1]
             axes.set_ylim(0, 1.12 * top)
@@ -236,18 +247,20 @@ def _phases_marked(arms: Sequence[Arm], of: Callable[[Run], Series]) -> Callable
     return draw
 
 
-def _spectra_at(arms: Sequence[Arm], steps: Sequence[int]) -> Callable[[Axes], None]:
+def _spectra_at(variants: Sequence[Variant], steps: Sequence[int]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        for arm in arms:
-            by_step = {record["step"]: record for record in arm.runs[0].geometry if _has_spectrum(record)}
+        for variant in variants:
+            by_step = {record["step"]: record for record in variant.runs[0].geometry if _has_spectrum(record)}
             for step, style in zip(steps, _SPECTRUM_STYLES):
                 if step not in by_step:
                     continue
                 spectrum = by_step[step]["hidden"]["spectrum"]
                 points = [(r, s) for r, s in zip(spectrum["rank"], spectrum["share"]) if s > 0]
                 if points:
-                    label = arm.name if style == _SPECTRUM_STYLES[0] else None
-                    axes.plot(*zip(*points), color=color(arms, arm), linestyle=style, label=label, linewidth=1.3)
+                    label = variant.name if style == _SPECTRUM_STYLES[0] else None
+                    axes.plot(
+                        *zip(*points), color=color(variants, variant), linestyle=style, label=label, linewidth=1.3
+                    )
         axes.set(xscale="log", yscale="log", xlabel="eigenvalue, by rank", ylabel="share of the variance")
 
     return draw
@@ -258,9 +271,11 @@ def _has_spectrum(record: dict) -> bool:
     return isinstance(hidden, dict) and isinstance(hidden.get("spectrum"), dict)
 
 
-def chosen_steps(arms: Sequence[Arm], wanted: Sequence[int] = ()) -> list[int]:
+def chosen_steps(variants: Sequence[Variant], wanted: Sequence[int] = ()) -> list[int]:
     """Steps whose spectra are drawn, latest first: the measured ones nearest to those wanted, or three over the run."""
-    measured = [{record["step"] for record in arm.runs[0].geometry if _has_spectrum(record)} for arm in arms]
+    measured = [
+        {record["step"] for record in variant.runs[0].geometry if _has_spectrum(record)} for variant in variants
+    ]
     common = sorted(set.intersection(*[steps for steps in measured if steps] or [set()]))
     if not common:
         return []
@@ -269,16 +284,16 @@ def chosen_steps(arms: Sequence[Arm], wanted: Sequence[int] = ()) -> list[int]:
     return sorted(nearest, reverse=True)[: len(_SPECTRUM_STYLES)]
 
 
-def _by_layer(arms: Sequence[Arm], figure: str, label: str, step: int) -> Callable[[Axes], None]:
+def _by_layer(variants: Sequence[Variant], figure: str, label: str, step: int) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        for arm in arms:
-            rows = [profile for run in arm.runs if (profile := _profile(run, figure, step))]
+        for variant in variants:
+            rows = [profile for run in variant.runs if (profile := _profile(run, figure, step))]
             numbers = sorted(set.intersection(*(set(row) for row in rows))) if rows else []
             if numbers:
                 line = [fmean(row[number] for row in rows) for number in numbers]
                 low, high = ([pick(row[n] for row in rows) for n in numbers] for pick in (min, max))
-                axes.fill_between(numbers, low, high, color=color(arms, arm), alpha=0.2, linewidth=0)
-                axes.plot(numbers, line, color=color(arms, arm), marker="o", markersize=3.5, label=arm.name)
+                axes.fill_between(numbers, low, high, color=color(variants, variant), alpha=0.2, linewidth=0)
+                axes.plot(numbers, line, color=color(variants, variant), marker="o", markersize=3.5, label=variant.name)
         axes.set(xlabel="layer (0 is the embedding)", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
 

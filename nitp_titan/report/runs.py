@@ -1,4 +1,4 @@
-"""Run folders as arms of a comparison: what was measured, with which settings, and whether it can be compared."""
+"""Run folders as variants of a comparison: what was measured, with which settings, and whether it can be compared."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -16,14 +16,14 @@ _NAMES = ("dump_folder", "metrics.run_name", "metrics.run_group", "debug.seed")
 # Settings that decide what is compared: prefixes -> what a difference in them makes of the comparison. The parallelism
 # is not among them: sequences and losses are those of one rank in every layout.
 _UNFAIR = {
-    ("dataloader.", "hf_assets_path", "training.seq_len"): "the arms may see other data or another order",
-    ("training.global_batch_size",): "at the same step the arms have seen different numbers of tokens",
-    ("training.steps",): "at the same step the arms are at different parts of the learning-rate schedule",
+    ("dataloader.", "hf_assets_path", "training.seq_len"): "the variants may see other data or another order",
+    ("training.global_batch_size",): "at the same step the variants have seen different numbers of tokens",
+    ("training.steps",): "at the same step the variants are at different parts of the learning-rate schedule",
     ("model.family", "model.flavor", "optimizer.", "lr_scheduler.", "training.max_norm"): "more than NITP is compared",
-    ("checkpoint.initial_load",): "the arms may start from different weights",
+    ("checkpoint.initial_load",): "the variants may start from different weights",
     ("validator.dataloader.", "validator.steps"): "validation is not on the same tokens",
     ("geometry.validation_batches",): "validation geometry is not of the same tokens",
-    ("training.mixed_precision", "float8.", "training.dtype"): "the arms compute in different precision",
+    ("training.mixed_precision", "float8.", "training.dtype"): "the variants compute in different precision",
 }
 # How data are read, which changes neither them nor their order.
 _HARMLESS = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
@@ -86,7 +86,7 @@ def _series(records: list[dict[str, Any]], path: Sequence[str]) -> Series:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """Runs that differ in their seed only."""
 
     name: str
@@ -103,11 +103,11 @@ class Arm:
         return weight == 0 if weight is not None else not self.runs[0].series("nitp_loss")[1]
 
 
-def read_arms(arguments: Iterable[str]) -> tuple[list[Arm], list[str]]:
-    """Arms of ``[NAME=]FOLDER`` arguments, the baseline first, and what could not be read.
+def read_variants(arguments: Iterable[str]) -> tuple[list[Variant], list[str]]:
+    """Variants of ``[NAME=]FOLDER`` arguments, the baseline first, and what could not be read.
 
     A folder without metrics.jsonl stands for the run folders in it. Runs with the same name, or without one and with
-    the same settings but for the seed, are one arm.
+    the same settings but for the seed, are one variant.
 
     Raises:
         UserError: if no run can be read.
@@ -123,27 +123,27 @@ def read_arms(arguments: Iterable[str]) -> tuple[list[Arm], list[str]]:
                 groups.setdefault((name, json.dumps(alike)), []).append(run)
     if not groups:
         raise UserError("there is no run to compare. " + " ".join(problems))
-    arms = _with_names([Arm(name, runs) for (name, _), runs in groups.items()])
-    arms.sort(key=lambda arm: not arm.is_ntp)
-    problems += [f"{run.folder}: {problem}" for arm in arms for run in arm.runs for problem in run.problems]
-    return arms, problems
+    variants = _with_names([Variant(name, runs) for (name, _), runs in groups.items()])
+    variants.sort(key=lambda variant: not variant.is_ntp)
+    problems += [f"{run.folder}: {problem}" for variant in variants for run in variant.runs for problem in run.problems]
+    return variants, problems
 
 
 def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in _NAMES}
 
 
-def _with_names(arms: list[Arm]) -> list[Arm]:
-    """Arms without a name take that of their recipe, or of their folder where two share a recipe."""
-    taken: set[str] = {arm.name for arm in arms if arm.name}
+def _with_names(variants: list[Variant]) -> list[Variant]:
+    """Variants without a name take that of their recipe, or of their folder where two share a recipe."""
+    taken: set[str] = {variant.name for variant in variants if variant.name}
     named = []
-    for arm in arms:
-        run = arm.runs[0]
+    for variant in variants:
+        run = variant.runs[0]
         recipe = str(run.settings.get("metrics.run_name") or "").rpartition("/")[2]
-        choices = [arm.name] if arm.name else [recipe, run.folder.name, str(run.folder)]
-        name = next(choice for choice in choices if choice and (arm.name or choice not in taken))
+        choices = [variant.name] if variant.name else [recipe, run.folder.name, str(run.folder)]
+        name = next(choice for choice in choices if choice and (variant.name or choice not in taken))
         taken.add(name)
-        named.append(Arm(name, arm.runs))
+        named.append(Variant(name, variant.runs))
     return named
 
 
@@ -216,7 +216,7 @@ def flattened(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Differences:
-    """Settings in which the arms differ, with the value of each arm."""
+    """Settings in which the variants differ, with the value of each variant."""
 
     nitp: dict[str, list[Any]]
     others: dict[str, list[Any]]
@@ -224,11 +224,11 @@ class Differences:
     """Why the comparison is not fair."""
 
 
-def differences(arms: Sequence[Arm]) -> Differences:
-    """What the arms differ in beyond their seeds."""
-    known = [arm for arm in arms if arm.settings]
-    keys = sorted({key for arm in known for key in arm.settings})
-    found = {key: [arm.settings.get(key) for arm in known] for key in keys}
+def differences(variants: Sequence[Variant]) -> Differences:
+    """What the variants differ in beyond their seeds."""
+    known = [variant for variant in variants if variant.settings]
+    keys = sorted({key for variant in known for key in variant.settings})
+    found = {key: [variant.settings.get(key) for variant in known] for key in keys}
     found = {key: values for key, values in found.items() if any(value != values[0] for value in values)}
     nitp = {key: values for key, values in found.items() if key.startswith("nitp.")}
     others = {key: values for key, values in found.items() if key not in nitp}
@@ -236,19 +236,19 @@ def differences(arms: Sequence[Arm]) -> Differences:
     for prefixes, reason in _UNFAIR.items():
         if keys := [key for key in others if key.startswith(prefixes) and not key.endswith(_HARMLESS)]:
             warnings.append(f"{', '.join(keys)} differ{'s' if len(keys) == 1 else ''}: {reason}.")
-    seeds = {arm.name: sorted(run.seed for run in arm.runs if run.seed is not None) for arm in known}
+    seeds = {variant.name: sorted(run.seed for run in variant.runs if run.seed is not None) for variant in known}
     if len({tuple(values) for values in seeds.values()}) > 1:
         shown = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in seeds.items())
         warnings.append(f"the seeds differ ({shown}): only runs with a seed in common are paired.")
-    last = {run.last_step for arm in arms for run in arm.runs}
+    last = {run.last_step for variant in variants for run in variant.runs}
     if len(last) > 1:
         warnings.append(
             f"the runs are at steps {min(last):,} to {max(last):,}: figures are compared at steps that all of them "
             "have."
         )
-    if len(known) < len(arms):
-        unknown = ", ".join(arm.name for arm in arms if not arm.settings)
-        warnings.append(f"the settings of {unknown} are unknown: nothing says that the arms can be compared.")
+    if len(known) < len(variants):
+        unknown = ", ".join(variant.name for variant in variants if not variant.settings)
+        warnings.append(f"the settings of {unknown} are unknown: nothing says that the variants can be compared.")
     return Differences(nitp, others, warnings)
 
 

@@ -8,10 +8,10 @@ from itertools import accumulate
 from statistics import fmean
 
 from nitp_titan.report.runs import (
-    Arm,
     common_steps,
     Run,
     Series,
+    Variant,
 )
 
 # Share of the run that the "final" figures average over: single batches are noisy.
@@ -85,7 +85,7 @@ class Figure:
     """Whether it is the mean over the last steps, as single batches are noisy, and not the last value."""
 
     compared: bool = True
-    """Whether a difference of arms means something about training."""
+    """Whether a difference of variants means something about training."""
 
     def steps(self, runs: Sequence[Run]) -> list[int]:
         """Steps that the figure is made from, the same for all runs that have it."""
@@ -112,7 +112,7 @@ FIGURES = [
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference of an arm to the baseline over runs of the same seed."""
+    """Mean difference of a variant to the baseline over runs of the same seed."""
 
     value: float
     pairs: int
@@ -125,14 +125,14 @@ class Difference:
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
 
-def difference(arm: Arm, baseline: Arm, figure: Figure, steps: Sequence[int]) -> Difference | None:
-    """Paired difference ``arm - baseline`` of a final figure at the same steps; None without a pair.
+def difference(variant: Variant, baseline: Variant, figure: Figure, steps: Sequence[int]) -> Difference | None:
+    """Paired difference ``variant - baseline`` of a final figure at the same steps; None without a pair.
 
     Runs of the same seed are a pair; where no seed is known, runs in their order.
     """
     values = [
         (ours, theirs)
-        for run, other in paired(arm, baseline)
+        for run, other in paired(variant, baseline)
         if (ours := figure.of(run, steps)) is not None and (theirs := figure.of(other, steps)) is not None
     ]
     differences = [ours - theirs for ours, theirs in values]
@@ -141,12 +141,12 @@ def difference(arm: Arm, baseline: Arm, figure: Figure, steps: Sequence[int]) ->
     return Difference(fmean(differences), len(differences), bootstrap_interval(differences))
 
 
-def paired(arm: Arm, baseline: Arm) -> list[tuple[Run, Run]]:
-    """Runs of both arms with the same seed."""
-    if any(run.seed is None for run in (*arm.runs, *baseline.runs)):
-        return list(zip(arm.runs, baseline.runs))
+def paired(variant: Variant, baseline: Variant) -> list[tuple[Run, Run]]:
+    """Runs of both variants with the same seed."""
+    if any(run.seed is None for run in (*variant.runs, *baseline.runs)):
+        return list(zip(variant.runs, baseline.runs))
     by_seed = {run.seed: run for run in baseline.runs}
-    return [(run, by_seed[run.seed]) for run in arm.runs if run.seed in by_seed]
+    return [(run, by_seed[run.seed]) for run in variant.runs if run.seed in by_seed]
 
 
 def bootstrap_interval(

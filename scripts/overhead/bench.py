@@ -19,14 +19,14 @@ from nitp_titan.runs import provenance
 from nitp_titan.sizing import meta_check
 from nitp_titan.training.trainer import load_config
 from overhead import counted
-from overhead.arms import arm_configs, NAMES
 from overhead.measure import measure, peak_bytes
+from overhead.variants import NAMES, variant_configs
 
 _ASSETS = "assets/stdlib"
 # Of a step on a CPU, where larger ones only take longer.
 _CPU_TOKENS = 1024
-# Largest first; the states of all three arms may take so much of a GPU, and so much the logits of MTP, whose loss is
-# not computed in chunks (bfloat16, and float32 logits, log-softmax and gradient). The rest is for other activations.
+# Largest first; the states of all three variants may take so much of a GPU, and so much the logits of MTP, whose loss
+# is not computed in chunks (bfloat16, and float32 logits, log-softmax and gradient). The rest is for other activations.
 _DENSE = ("dense/nitp_3b", "dense/nitp_2b", "dense/nitp_0.5b", "scaling/nitp_150m", "scaling/nitp_50m")
 _STATES_SHARE, _LOGITS_SHARE = 0.4, 0.45
 _STATE_BYTES, _LOGIT_BYTES = 16, 14
@@ -68,7 +68,7 @@ def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: i
     recipe_name = recipe_name or ("overhead/nitp_ratio_9b" if on_cpu else _largest_that_fits(train_config))
     paths = recipe.find(recipe_name, "recipes"), recipe.find(train_config, "train_configs")
     prepare_stdlib_assets(Path(_ASSETS))
-    configs = arm_configs(*paths, **_changes(load_config(*paths)))
+    configs = variant_configs(*paths, **_changes(load_config(*paths)))
     settings = {}
     for name, changed in _settings(configs, on_cpu):
         say(f"{recipe_name}, {name}: {', '.join(changed)}")
@@ -119,12 +119,12 @@ def _settings(configs: dict, on_cpu: bool) -> Iterator[tuple[str, dict]]:
         yield (
             name,
             {
-                arm: _with(
+                variant: _with(
                     _with(_with(config, "compile", enable=compiled), "training", disable_cuda_graphs=not graphs),
                     "float8",
                     enable=float8,
                 )
-                for arm, config in configs.items()
+                for variant, config in configs.items()
             },
         )
 

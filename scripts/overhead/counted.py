@@ -62,24 +62,28 @@ def full_size(say: Say = print, models: Collection[str] = MODELS) -> dict[str, R
     """
     settings = [(model, *setting) for model in models for setting in SETTINGS]
     cases = {
-        (arm, *setting): Case(MODELS[setting[0]], arm, checkpointing=setting[1], num_chunks=setting[2])
+        (variant, *setting): Case(MODELS[setting[0]], variant, checkpointing=setting[1], num_chunks=setting[2])
         for setting in settings
-        for arm in ("NTP", "NITP")
+        for variant in ("NTP", "NITP")
     }
-    cases |= {("MTP", model, arm): Case(MODELS[model], arm, **_MTP) for model in models for arm in ("NTP", "MTP")}
+    cases |= {
+        ("MTP", model, variant): Case(MODELS[model], variant, **_MTP) for model in models for variant in ("NTP", "MTP")
+    }
     results = dict(zip(cases, count_all(cases.values(), say)))
     flops = [
-        _flops_row(model, *(results[arm, model, "none", None] for arm in ("NTP", "NITP")), results["MTP", model, "MTP"])
+        _flops_row(
+            model, *(results[variant, model, "none", None] for variant in ("NTP", "NITP")), results["MTP", model, "MTP"]
+        )
         for model in models
     ]
     memory = [
         {"model": model, "checkpointing": checkpointing, "num_chunks": num_chunks}
-        | _memory_row(*(results[arm, model, checkpointing, num_chunks] for arm in ("NTP", "NITP")))
+        | _memory_row(*(results[variant, model, checkpointing, num_chunks] for variant in ("NTP", "NITP")))
         for model, checkpointing, num_chunks in settings
     ]
     memory += [
         {"model": model, "checkpointing": "none", "num_chunks": None}
-        | _memory_row(*(results["MTP", model, arm] for arm in ("NTP", "MTP")))
+        | _memory_row(*(results["MTP", model, variant] for variant in ("NTP", "MTP")))
         for model in models
     ]
     return {"flops": flops, "memory": memory}
@@ -87,8 +91,8 @@ def full_size(say: Say = print, models: Collection[str] = MODELS) -> dict[str, R
 
 def _flops_row(model: str, ntp: Result, nitp: Result, mtp: Result) -> dict[str, Any]:
     per_token = {
-        f"{arm.case.arm.lower()}_{name}": getattr(arm.cost, f"{name}_flops") / arm.case.seq_len
-        for arm in (ntp, nitp, mtp)
+        f"{variant.case.variant.lower()}_{name}": getattr(variant.cost, f"{name}_flops") / variant.case.seq_len
+        for variant in (ntp, nitp, mtp)
         for name in ("matmul", "attention")
     }
     overhead, paper = _share(nitp.cost.matmul_flops, ntp.cost.matmul_flops), nitp.paper_nitp_flops / nitp.paper_flops
@@ -110,7 +114,7 @@ def _flops_row(model: str, ntp: Result, nitp: Result, mtp: Result) -> dict[str, 
 
 def _memory_row(ntp: Result, other: Result) -> dict[str, Any]:
     return {
-        "arm": other.case.arm,
+        "variant": other.case.variant,
         "ntp_peak_bytes": ntp.cost.peak_bytes,
         "peak_bytes": other.cost.peak_bytes,
         "added_bytes": other.cost.peak_bytes - ntp.cost.peak_bytes,
@@ -129,9 +133,9 @@ def communication(say: Say = print, layouts: Collection[str] = LAYOUTS) -> Rows:
         that overlap with work, see `trace.Cost`.
     """
     cases = [
-        Case(MODELS[model], arm, **changes)
+        Case(MODELS[model], variant, **changes)
         for model, changes in (LAYOUTS[layout] for layout in layouts)
-        for arm in ("NTP", "NITP")
+        for variant in ("NTP", "NITP")
     ]
     results = list(count_all(cases, say))
     rows = []
@@ -164,7 +168,7 @@ def growth(say: Say = print) -> dict[str, Rows]:
 
 
 def _pair(model: str, **changes: Any) -> tuple[Case, Case]:
-    return tuple(Case(MODELS[model], arm, **changes) for arm in ("NTP", "NITP"))
+    return tuple(Case(MODELS[model], variant, **changes) for variant in ("NTP", "NITP"))
 
 
 def _seq_len_cases() -> list[tuple]:

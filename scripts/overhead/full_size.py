@@ -1,7 +1,8 @@
 """Cost of NITP at full size, counted on fake tensors: no weights are allocated and nothing is computed.
 
-A case is one step of one arm on one rank of a fake world: forward, loss and backward of a micro-batch of one sequence,
-in bfloat16 with float32 reductions, eager. Every case runs in a process of its own: TorchTitan's meshes are globals.
+A case is one step of one variant on one rank of a fake world: forward, loss and backward of a micro-batch of one
+sequence, in bfloat16 with float32 reductions, eager. Every case runs in a process of its own: TorchTitan's meshes are
+globals.
 
 Experts need nothing special without expert parallelism: a token has ``top_k`` of them whatever the router says, so all
 shapes are known, and grouped products cost the same however tokens are spread. With expert parallelism the all-to-all's
@@ -41,7 +42,7 @@ from nitp_titan.sizing import kernels
 from nitp_titan.sizing.model_size import count_model, Counts
 from nitp_titan.sizing.trace import Cost, preset_gradients, trace
 from nitp_titan.training.trainer import load_config, NITPTrainer
-from overhead.arms import arm_configs
+from overhead.variants import variant_configs
 
 CHECKPOINTING = {"none": None, "selective": kernels.KernelSelectiveAC.Config(), "full": FullAC.Config()}
 # float32 parameter, gradient and the two moments of AdamW.
@@ -55,7 +56,7 @@ class Case:
     recipe: str
     """Short name of a NITP recipe."""
 
-    arm: str
+    variant: str
     """NTP, NITP or MTP."""
 
     checkpointing: str = "none"
@@ -117,8 +118,8 @@ def count_all(cases: Iterable[Case], say: Callable[[str], None] = print) -> Iter
         for done, result in enumerate(pool.imap(count, cases, chunksize=1), 1):
             case = result.case
             say(
-                f"{done} of {len(cases)}: {case.recipe} {case.arm}, {case.seq_len} tokens on {case.num_ranks} ranks, "
-                f"checkpointing {case.checkpointing} ({result.seconds:.0f} s)"
+                f"{done} of {len(cases)}: {case.recipe} {case.variant}, {case.seq_len} tokens on {case.num_ranks} "
+                f"ranks, checkpointing {case.checkpointing} ({result.seconds:.0f} s)"
             )
             yield result
 
@@ -147,7 +148,7 @@ def _config(case: Case) -> NITPTrainer.Config:
     spec = base.model_spec
     if case.shape:
         spec = dataclasses.replace(spec, model=llama3.FLAVORS[spec.flavor](attn_backend="flex", **case.shape))
-    config = arm_configs(
+    config = variant_configs(
         path,
         machine,
         model_spec=spec,
@@ -155,7 +156,7 @@ def _config(case: Case) -> NITPTrainer.Config:
         compile=dataclasses.replace(base.compile, enable=False),
         activation_checkpoint=CHECKPOINTING[case.checkpointing],
         override=OverrideConfig(imports=list(kernels.OVERRIDES)),
-    )[case.arm]
+    )[case.variant]
     parallelism = dataclasses.replace(base.parallelism, **case.parallelism)
     ranks = data_parallel_ranks(parallelism, case.num_ranks)
     training = dataclasses.replace(base.training, seq_len=case.seq_len, local_batch_size=1, global_batch_size=ranks)

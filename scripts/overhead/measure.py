@@ -1,6 +1,6 @@
 """Step times of several trainings of one process, which take turns step by step.
 
-Whatever disturbs the machine then disturbs all of them alike, and ratios of neighbouring steps say what an arm costs.
+Whatever disturbs the machine then disturbs all of them alike; ratios of neighbouring steps give the cost of a variant.
 """
 
 import dataclasses
@@ -31,16 +31,16 @@ def measure(
     num_warmup: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Step times and memory of some arms, on one rank. The first arm is the baseline.
+    """Step times and memory of some variants, on one rank. The first variant is the baseline.
 
     Args:
-        configs: from `arms.arm_configs`.
-        num_rounds: steps of every arm that count.
-        num_warmup: steps of every arm before, which do not.
+        configs: from `variants.variant_configs`.
+        num_rounds: steps of every variant that count.
+        num_warmup: steps of every variant before, which do not.
         say: takes lines of progress.
 
     Returns:
-        ``{"tokens_per_step", "rounds", "arms": {name: figures}}``; see `_figures`.
+        ``{"tokens_per_step", "rounds", "variants": {name: figures}}``; see `_figures`.
     """
     with _trainers(configs, num_rounds + num_warmup, say) as trainers:
         times = step_times(trainers, num_rounds=num_rounds, num_warmup=num_warmup, say=say)
@@ -50,11 +50,11 @@ def measure(
         figures = {
             name: _figures(name, trainer, times, costs, num_tokens=num_tokens) for name, trainer in trainers.items()
         }
-    return {"tokens_per_step": num_tokens, "rounds": num_rounds, "arms": figures}
+    return {"tokens_per_step": num_tokens, "rounds": num_rounds, "variants": figures}
 
 
 def peak_bytes(configs: dict[str, NITPTrainer.Config]) -> dict[str, int]:
-    """Peak of the bytes of activations and transients in forward and backward, by arm; see `_Traced`."""
+    """Peak of the bytes of activations and transients in forward and backward, by variant; see `_Traced`."""
     with _trainers(configs, 1, lambda line: None) as trainers:
         return {name: _traced(trainer).peak_bytes for name, trainer in trainers.items()}
 
@@ -92,9 +92,9 @@ def step_times(
     num_warmup: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every optimizer step of every arm; data loading is not in it.
+    """Seconds of every optimizer step of every variant; data loading is not in it.
 
-    All arms train the same batches. In each round every arm takes a step, in a new random order.
+    All variants train the same batches. In each round every variant takes a step, in a new random order.
     """
     some = next(iter(trainers.values()))
     batches = some.batch_generator(some.dataloader)
@@ -181,7 +181,7 @@ def _figures(
     *,
     num_tokens: int,
 ) -> dict[str, Any]:
-    """Of one arm; all but the times of the baseline are beside it.
+    """Of one variant; all but the times of the baseline are beside it.
 
     Returns:
         ``seconds``: median and quartiles of a step; ``ratio``: median, quartiles and 95% bootstrap interval of the

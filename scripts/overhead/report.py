@@ -95,7 +95,7 @@ def _measured(part: Figures) -> str:
     blocks = []
     for name, setting in part["settings"].items():
         blocks.append(f"**{where}, {name}, {setting['rounds']} rounds.**")
-        blocks.append(_measured_table(setting["arms"]))
+        blocks.append(_measured_table(setting["variants"]))
         blocks += _bars(setting)
     if "unchunked" in part:
         ntp, nitp = part["unchunked"]["NTP"], part["unchunked"]["NITP"]
@@ -107,40 +107,40 @@ def _measured(part: Figures) -> str:
     return "\n\n".join(blocks)
 
 
-def flop_overhead(arms: Figures, name: str) -> float | None:
-    """Matrix products that an arm adds to the baseline's, as a fraction (App. G); None where they were not counted."""
-    ntp = arms["NTP"]["matmul_flops"]
-    return ntp and arms[name]["matmul_flops"] / ntp - 1
+def flop_overhead(variants: Figures, name: str) -> float | None:
+    """Matrix products that a variant adds to the baseline, as a fraction (App. G); None where they were not counted."""
+    ntp = variants["NTP"]["matmul_flops"]
+    return ntp and variants[name]["matmul_flops"] / ntp - 1
 
 
-def time_overhead(arms: Figures, name: str) -> float:
-    """Median of an arm's steps over those of the baseline in the same round, minus one."""
-    return arms[name]["ratio"]["median"] - 1
+def time_overhead(variants: Figures, name: str) -> float:
+    """Median of a variant's steps over those of the baseline in the same round, minus one."""
+    return variants[name]["ratio"]["median"] - 1
 
 
-def _measured_table(arms: Figures) -> str:
-    header = ["arm", "FLOPs per token", "added", "added, attention counted", "step time", "added", "quartiles",
+def _measured_table(variants: Figures) -> str:
+    header = ["variant", "FLOPs per token", "added", "added, attention counted", "step time", "added", "quartiles",
               "95% interval", "tokens/s", "MFU", "peak activations", "added"]  # fmt: skip
     rows = []
-    ntp = arms["NTP"]
+    ntp = variants["NTP"]
     whole = ntp["matmul_flops"] and ntp["matmul_flops"] + ntp["attention_flops"]
-    for name, arm in arms.items():
-        ratio, others = arm["ratio"], name != "NTP"
-        flops = arm["matmul_flops"]
+    for name, variant in variants.items():
+        ratio, others = variant["ratio"], name != "NTP"
+        flops = variant["matmul_flops"]
         rows.append(
             [
                 name,
                 f"{flops / 1e6:.1f}M" if flops else "-",
-                _percent(flop_overhead(arms, name)) if others else "",
-                _percent((flops + arm["attention_flops"]) / whole - 1 if flops else None) if others else "",
-                f"{arm['seconds']['median']:.3f} s",
-                _percent(time_overhead(arms, name)) if others else "",
+                _percent(flop_overhead(variants, name)) if others else "",
+                _percent((flops + variant["attention_flops"]) / whole - 1 if flops else None) if others else "",
+                f"{variant['seconds']['median']:.3f} s",
+                _percent(time_overhead(variants, name)) if others else "",
                 _range(ratio["quartiles"]) if others else "",
                 _range(ratio["interval"]) if others else "",
-                f"{arm['tokens_per_second']:,.0f}",
-                f"{100 * arm['mfu']:.1f}%" if arm["mfu"] is not None else "-",
-                f"{arm['peak_bytes'] / 1e6:.1f} MB",
-                _percent(arm["peak_bytes"] / ntp["peak_bytes"] - 1) if others else "",
+                f"{variant['tokens_per_second']:,.0f}",
+                f"{100 * variant['mfu']:.1f}%" if variant["mfu"] is not None else "-",
+                f"{variant['peak_bytes'] / 1e6:.1f} MB",
+                _percent(variant["peak_bytes"] / ntp["peak_bytes"] - 1) if others else "",
             ]
         )
     return table(header, rows)
@@ -152,11 +152,15 @@ def _range(ratios: tuple[float, float] | None) -> str:
 
 def _bars(setting: Figures) -> list[str]:
     """Sentences on the bars that a measurement decides, or on how many rounds would decide them."""
-    arms, rounds = setting["arms"], setting["rounds"]
-    flops, seconds, interval = flop_overhead(arms, "NITP"), time_overhead(arms, "NITP"), _interval(arms, "NITP")
+    variants, rounds = setting["variants"], setting["rounds"]
+    flops, seconds, interval = (
+        flop_overhead(variants, "NITP"),
+        time_overhead(variants, "NITP"),
+        _interval(variants, "NITP"),
+    )
     bar = TIME_BAR * flops if flops else None
     borders = [0.0] if bar is None else [0.0, bar]
-    measured = f"NITP's time is {_percent(seconds)} ({_range(arms['NITP']['ratio']['interval'])})"
+    measured = f"NITP's time is {_percent(seconds)} ({_range(variants['NITP']['ratio']['interval'])})"
     if hidden := [border for border in borders if interval[0] <= border <= interval[1]]:
         inside = " and ".join(f"the bar, {_percent(bar)}" if border else "0" for border in hidden)
         needed = rounds_to_show(
@@ -170,14 +174,14 @@ def _bars(setting: Figures) -> list[str]:
         times = f", {seconds / flops:.2f} times its FLOPs" if seconds > 0 else ""
         lines = [f"{measured}{times}, {met} the bar of {TIME_BAR} times."]
     if seconds > 0:
-        lines.append(_mtp_bar(arms, rounds))
+        lines.append(_mtp_bar(variants, rounds))
     return [" ".join(lines)]
 
 
-def _mtp_bar(arms: Figures, rounds: int) -> str:
+def _mtp_bar(variants: Figures, rounds: int) -> str:
     """How many times NITP's time MTP adds; NITP's is known to be above 0."""
-    (low, high), (mtp_low, mtp_high) = (_interval(arms, name) for name in ("NITP", "MTP"))
-    times = time_overhead(arms, "MTP") / time_overhead(arms, "NITP")
+    (low, high), (mtp_low, mtp_high) = (_interval(variants, name) for name in ("NITP", "MTP"))
+    times = time_overhead(variants, "MTP") / time_overhead(variants, "NITP")
     # The ends of both intervals, which is wider than 95%.
     least, most = mtp_low / low if mtp_low < 0 else mtp_low / high, mtp_high / low
     said = f"MTP adds {times:.1f} times as much time as NITP ({least:.1f} to {most:.1f}; bar: {MTP_BAR:.0f})"
@@ -187,9 +191,9 @@ def _mtp_bar(arms: Figures, rounds: int) -> str:
     return f"{said}. The noise hides on which side of the bar it is. {_about(needed)} would show it."
 
 
-def _interval(arms: Figures, name: str) -> tuple[float, float]:
-    """95% interval of an arm's overhead in time."""
-    low, high = arms[name]["ratio"]["interval"]
+def _interval(variants: Figures, name: str) -> tuple[float, float]:
+    """95% interval of a variant's overhead in time."""
+    low, high = variants[name]["ratio"]["interval"]
     return low - 1, high - 1
 
 
@@ -240,20 +244,20 @@ def _full_size(part: Figures) -> str:
 
 
 def _setting(row: Figures) -> tuple[str, str]:
-    """Column of a row of memory: of which arm, and how activations are kept."""
+    """Column of a row of memory: of which variant, and how activations are kept."""
     chunks = ", loss in one chunk" if row["num_chunks"] == 1 else ""
-    return row["arm"], f"{row['checkpointing']} AC{chunks}"
+    return row["variant"], f"{row['checkpointing']} AC{chunks}"
 
 
 def _memory_table(memory: list[Figures]) -> str:
     by_place = {(row["model"], *_setting(row)): row for row in memory}
     columns = list(dict.fromkeys(_setting(row) for row in memory))
-    names = [name if arm == "NITP" else f"{arm}, {name}" for arm, name in columns]
+    names = [name if variant == "NITP" else f"{variant}, {name}" for variant, name in columns]
     rows = [
         [model, *(_memory_cell(by_place[model, *column]) for column in columns)]
         for model in dict.fromkeys(row["model"] for row in memory)
     ]
-    chunked = [row for row in memory if row["arm"] == "NITP" and row["num_chunks"] is None]
+    chunked = [row for row in memory if row["variant"] == "NITP" and row["num_chunks"] is None]
     worst = max(row["share"] for row in chunked)
     caption = (
         f"Peak of the activations of NTP, and what NITP adds: at most {_percent(worst)} (bar: {100 * MEMORY_BAR:.0f}%)."
@@ -305,7 +309,7 @@ def drawings(result: Figures) -> list[Drawing]:
             title = "Cost above NTP" + (f", {name}" if len(result["measured"]["settings"]) > 1 else "")
             caption = "FLOPs counted, time as the median ratio of neighbouring steps with its 95% interval."
             suffix = f"_{number}" if number else ""
-            found.append(Drawing(f"measured{suffix}", title, caption, _draw_measured(setting["arms"])))
+            found.append(Drawing(f"measured{suffix}", title, caption, _draw_measured(setting["variants"])))
     if "growth" in result:
         for axis, name in _GROWTH.items():
             caption = "What NITP adds to NTP, counted on fake tensors."
@@ -337,18 +341,18 @@ def _draw_growth(part: Figures, axis: str) -> Callable[[Axes], None]:
     return draw
 
 
-def _draw_measured(arms: Figures) -> Callable[[Axes], None]:
+def _draw_measured(variants: Figures) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        for place, name in enumerate(arm for arm in arms if arm != "NTP"):
-            flops, seconds = flop_overhead(arms, name), 100 * time_overhead(arms, name)
+        for place, name in enumerate(variant for variant in variants if variant != "NTP"):
+            flops, seconds = flop_overhead(variants, name), 100 * time_overhead(variants, name)
             if flops is not None:
                 axes.bar(place - 0.2, 100 * flops, 0.36, color=_ARM_COLORS[name], alpha=0.45)
                 axes.annotate(f"FLOPs\n{100 * flops:.1f}%", (place - 0.2, 100 * flops), ha="center", va="bottom")
-            low, high = (100 * (ratio - 1) for ratio in arms[name]["ratio"]["interval"])
+            low, high = (100 * (ratio - 1) for ratio in variants[name]["ratio"]["interval"])
             error = [[seconds - low], [high - seconds]]
             axes.bar(place + 0.2, seconds, 0.36, color=_ARM_COLORS[name], yerr=error, capsize=3)
             axes.annotate(f"time\n{seconds:.1f}%", (place + 0.2, high), ha="center", va="bottom")
-        axes.set_xticks(range(len(arms) - 1), [name for name in arms if name != "NTP"])
+        axes.set_xticks(range(len(variants) - 1), [name for name in variants if name != "NTP"])
         axes.set(ylabel="% above NTP")
         axes.margins(y=0.25)
 

@@ -2,7 +2,7 @@
 
 python scripts/study                     # about an hour on 2 quiet cores; resumes where it stopped
 python scripts/study --all               # with longer training and a larger vocabulary: some hours
-python scripts/study --arm ntp --arm nitp --seed 1
+python scripts/study --recipe ntp --recipe nitp --seed 1
 python scripts/study --report            # the table of what is there already
 """
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import _checkout  # noqa: F401
 
-from nitp_titan.cli.launch import Arm, stop_all
+from nitp_titan.cli.launch import stop_all, TrainingRun
 from nitp_titan.config import recipe
 from nitp_titan.data.assets import prepare_stdlib_assets
 from nitp_titan.errors import nearest_choice, UserError
@@ -40,17 +40,17 @@ FLAGS = ["--metrics.log_freq", "1", "--geometry.interval", "25", "--validator.fr
 PRINTING = threading.Lock()
 
 
-def log_line(arm: Arm, line: str) -> None:
+def log_line(run: TrainingRun, line: str) -> None:
     """Every line of a run, but of its steps each hundredth."""
     step = line.removeprefix("step ").partition("/")[0]
     if not line.startswith("step ") or (step.isdigit() and int(step) % 100 == 0):
         with PRINTING:
-            print(f"{arm.name}: {line}", flush=True)
+            print(f"{run.name}: {line}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", action="append", help="a recipe of recipes/study, by name; repeat (default: all)")
+    parser.add_argument("--recipe", action="append", help="a recipe of recipes/study, by name; repeat (default: all)")
     parser.add_argument("--all", action="store_true", help="the recipes that take longer, too")
     parser.add_argument("--seed", action="append", type=int, help="repeat (default: 1, 2 and 3)")
     cores = len(os.sched_getaffinity(0))
@@ -59,12 +59,14 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     available = sorted(path.stem for path in (recipe.PROJECT / "recipes/study").glob("*.toml"))
-    for name in arguments.arm or []:
+    for name in arguments.recipe or []:
         if name not in available:
-            raise UserError(f"--arm {name}: there is no such recipe in recipes/study.{nearest_choice(name, available)}")
+            raise UserError(
+                f"--recipe {name}: there is no such recipe in recipes/study.{nearest_choice(name, available)}"
+            )
     if not 1 <= arguments.parallel <= cores:
         raise UserError(f"--parallel {arguments.parallel}: 1 to {cores}, the number of cores.")
-    names = arguments.arm or [name for name in available if arguments.all or name not in LONGER]
+    names = arguments.recipe or [name for name in available if arguments.all or name not in LONGER]
     seeds = arguments.seed or SEEDS
     if not arguments.report:
         train(names, seeds, arguments.out, arguments.parallel)
@@ -80,8 +82,8 @@ def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
     if any("vocab_16k" in name for name in names):
         folder, vocab_size = LARGE_VOCABULARY
         prepare_stdlib_assets(Path(folder), vocab_size)
-    arms = [
-        Arm(
+    runs = [
+        TrainingRun(
             name=f"{name} seed {seed}",
             recipe=recipe.find(f"study/{name}", "recipes"),
             train_config=recipe.find("cpu", "train_configs"),
@@ -92,14 +94,14 @@ def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
         for seed in seeds
         for name in names
     ]
-    progress = Progress(len(arms))
+    progress = Progress(len(runs))
     cores = queue.SimpleQueue()
     for worker in range(parallel):
         cores.put(sorted(os.sched_getaffinity(0))[worker::parallel])
 
-    def run(arm: Arm) -> None:
-        finished = arm.finished()
-        arm.train(partial(log_line, arm))
+    def train_one(run: TrainingRun) -> None:
+        finished = run.finished()
+        run.train(partial(log_line, run))
         with PRINTING:
             if finished:
                 progress.skip()
@@ -109,7 +111,7 @@ def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
 
     with ThreadPoolExecutor(parallel, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
         try:
-            for done in [pool.submit(run, arm) for arm in arms]:
+            for done in [pool.submit(train_one, run) for run in runs]:
                 done.result()
         except BaseException:
             # Otherwise those that wait would still be trained.

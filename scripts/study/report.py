@@ -7,7 +7,7 @@ from statistics import fmean, median
 
 from nitp_titan import markdown
 from nitp_titan.errors import UserError
-from nitp_titan.report.runs import Arm, read_arms, Run
+from nitp_titan.report.runs import read_variants, Run, Variant
 from nitp_titan.report.stats import (
     bootstrap_interval,
     final_mean,
@@ -65,9 +65,9 @@ class Mechanism:
     figure: str
     of: Value
     form: str
-    arm: str
+    variant: str
     baseline: str | None
-    """Arm that it is compared with; None if the number speaks for itself."""
+    """Variant that it is compared with; None if the number speaks for itself."""
 
     expected: int
     """1 if the claim is a larger number than the baseline's, or than 1 without one; -1 a smaller; 0 the same."""
@@ -76,28 +76,35 @@ class Mechanism:
     """Size of a difference that still counts as the same."""
 
 
-def _against_ntp(arm: str, baseline: str = "ntp", note: str = "") -> list[Mechanism]:
+def _against_ntp(variant: str, baseline: str = "ntp", note: str = "") -> list[Mechanism]:
     return [
         Mechanism(
-            f"NTP loss is preserved{note}", "validation NTP loss", _validation, ".3f", arm, baseline, 0, negligible=0.01
+            f"NTP loss is preserved{note}",
+            "validation NTP loss",
+            _validation,
+            ".3f",
+            variant,
+            baseline,
+            0,
+            negligible=0.01,
         ),
         Mechanism(
             f"effective rank is higher{note}",
             "effective rank, validation",
             _validated("effective_rank"),
             ".2f",
-            arm,
+            variant,
             baseline,
             1,
         ),
-        Mechanism(f"cosine is lower{note}", "cosine, validation", _validated("cosine"), ".3f", arm, baseline, -1),
+        Mechanism(f"cosine is lower{note}", "cosine, validation", _validated("cosine"), ".3f", variant, baseline, -1),
     ]
 
 
-def _falls(arm: str, note: str = "") -> Mechanism:
+def _falls(variant: str, note: str = "") -> Mechanism:
     claim = f"effective rank of NTP falls after its peak{note}"
     # At most 1 by its making: a twentieth is no fall.
-    return Mechanism(claim, "last over largest, validation", _rank_over_peak, ".2f", arm, None, -1, negligible=0.05)
+    return Mechanism(claim, "last over largest, validation", _rank_over_peak, ".2f", variant, None, -1, negligible=0.05)
 
 
 MECHANISMS = [
@@ -144,8 +151,8 @@ MECHANISMS = [
 ]
 
 
-def read_study(folder: Path) -> dict[str, Arm]:
-    """Arms of a study by the name of their recipe.
+def read_study(folder: Path) -> dict[str, Variant]:
+    """Variants of a study by the name of their recipe.
 
     Raises:
         UserError: if there is no finished run.
@@ -153,29 +160,33 @@ def read_study(folder: Path) -> dict[str, Arm]:
     paths = sorted(path for path in folder.glob("*") if any(path.glob("*/metrics.jsonl")))
     if not paths:
         raise UserError(f"{folder} holds no runs of the study yet.")
-    arms, _ = read_arms(f"{path.name}={path}" for path in paths)
-    finished = {arm.name: [run for run in arm.runs if run.last_step == run.planned_steps] for arm in arms}
-    return {name: Arm(name, runs) for name, runs in finished.items() if runs}
+    variants, _ = read_variants(f"{path.name}={path}" for path in paths)
+    finished = {
+        variant.name: [run for run in variant.runs if run.last_step == run.planned_steps] for variant in variants
+    }
+    return {name: Variant(name, runs) for name, runs in finished.items() if runs}
 
 
-def mechanisms_table(arms: dict[str, Arm]) -> str:
-    """Markdown table of the mechanisms whose arms have finished runs, and how to read it."""
-    header = ["claim", "figure", "arm", "value", "baseline", "difference (95% interval)", "seeds", "seen"]
-    rows = [row for mechanism in MECHANISMS if (row := _row(mechanism, arms))]
+def mechanisms_table(variants: dict[str, Variant]) -> str:
+    """Markdown table of the mechanisms whose variants have finished runs, and how to read it."""
+    header = ["claim", "figure", "variant", "value", "baseline", "difference (95% interval)", "seeds", "seen"]
+    rows = [row for mechanism in MECHANISMS if (row := _row(mechanism, variants))]
     if not rows:
-        return "No claim has finished runs of both its arms yet."
+        return "No claim has finished runs of both its variants yet."
     return markdown.table(header, rows, "lllrrrrl") + f"\n\n{_NOTE}"
 
 
-def _row(mechanism: Mechanism, arms: dict[str, Arm]) -> list[str] | None:
+def _row(mechanism: Mechanism, variants: dict[str, Variant]) -> list[str] | None:
     of, form = mechanism.of, mechanism.form
-    if mechanism.arm not in arms or (mechanism.baseline and mechanism.baseline not in arms):
+    if mechanism.variant not in variants or (mechanism.baseline and mechanism.baseline not in variants):
         return None
     if mechanism.baseline is None:
-        values = [value for run in arms[mechanism.arm].runs if (value := of(run)) is not None]
+        values = [value for run in variants[mechanism.variant].runs if (value := of(run)) is not None]
         changes, reference = [value - 1 for value in values], ["-", "-"]
     else:
-        pairs = [(of(run), of(other)) for run, other in paired(arms[mechanism.arm], arms[mechanism.baseline])]
+        pairs = [
+            (of(run), of(other)) for run, other in paired(variants[mechanism.variant], variants[mechanism.baseline])
+        ]
         pairs = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
         values, changes = [ours for ours, _ in pairs], [ours - theirs for ours, theirs in pairs]
     if not values:
@@ -186,7 +197,7 @@ def _row(mechanism: Mechanism, arms: dict[str, Arm]) -> list[str] | None:
         shown = f"{fmean(changes):+z{form}}{spread}"
         reference = [f"{fmean([theirs for _, theirs in pairs]):z{form}}", shown]
     value = f"{fmean(values):z{form}} ({min(values):z{form}} to {max(values):z{form}})"
-    names = f"{mechanism.arm}" + (f" against {mechanism.baseline}" if mechanism.baseline else "")
+    names = f"{mechanism.variant}" + (f" against {mechanism.baseline}" if mechanism.baseline else "")
     return [mechanism.claim, mechanism.figure, names, value, *reference, str(len(values)), _seen(mechanism, interval)]
 
 

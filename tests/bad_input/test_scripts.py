@@ -31,7 +31,7 @@ SCRIPTS = [
     ("compare.py", "nowhere", "--out", "out", "nowhere"),
     ("compare.py", "empty", "--out", "out", "empty"),
     ("compare.py", "empty", "--out", "bad.toml/x", ""),
-    ("study", "--arm", "nipt", "Did you mean 'nitp'?"),
+    ("study", "--recipe", "nipt", "Did you mean 'nitp'?"),
     ("study", "--report", "--out", "nowhere", "nowhere"),
     ("study", "--parallel", "0", "--parallel 0: 1 to"),
     ("prepare_local_suite.py", "--text", "nowhere.jsonl", "nowhere.jsonl"),

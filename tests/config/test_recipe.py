@@ -90,9 +90,9 @@ def test_every_train_config_names_recipes_that_exist():
             assert fnmatch.filter(RECIPES, pattern), f"{train_config}: {pattern}"
 
 
-def test_two_arms_on_one_train_config_have_their_own_run_folders():
-    arms = [config_registry.load(f"{name}@cpu").dump_folder for name in ("debug/ntp_debug", "debug/nitp_debug")]
-    assert arms == ["outputs/debug/ntp_debug", "outputs/debug/nitp_debug"]
+def test_two_variants_on_one_train_config_have_their_own_run_folders():
+    variants = [config_registry.load(f"{name}@cpu").dump_folder for name in ("debug/ntp_debug", "debug/nitp_debug")]
+    assert variants == ["outputs/debug/ntp_debug", "outputs/debug/nitp_debug"]
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full", "memory_budget"])
@@ -186,6 +186,6 @@ def test_the_project_s_own_files_are_found_from_another_folder_unless_it_has_its
 
 def test_every_sequence_of_thirteen_quickstart_batches_is_of_another_document():
     """Or its curves would follow the text: half a nat of NTP loss from one module to the next."""
-    for arm in ("ntp", "nitp"):
-        tables = recipe.read_recipe(recipe.find(f"debug/{arm}_quickstart", "recipes")).tables
+    for variant in ("ntp", "nitp"):
+        tables = recipe.read_recipe(recipe.find(f"debug/{variant}_quickstart", "recipes")).tables
         assert tables["dataloader"] == {"num_streams": 13 * tables["training"]["global_batch_size"], "shuffle": True}

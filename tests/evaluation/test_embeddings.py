@@ -95,8 +95,8 @@ def test_tasks_and_groups_are_those_of_the_papers_table():
         group: " ".join(sorted(names.split())) for group, _, names in TABLE_6
     }
     assert [len(names) for names in GROUPS.values()] == [10, 9, 6] and len(set(TASKS)) == 25
-    for arm, mean in enumerate(ALL_25):
-        assert abs(sum(len(GROUPS[group]) * means[arm] for group, means, _ in TABLE_6) / 25 - mean) <= 0.01
+    for variant, mean in enumerate(ALL_25):
+        assert abs(sum(len(GROUPS[group]) * means[variant] for group, means, _ in TABLE_6) / 25 - mean) <= 0.01
     (note,) = embeddings.plan([]).notes
     assert "the paper's 25 English tasks" in note and [average.name for average in embeddings.plan([]).averages] == [
         *GROUPS,

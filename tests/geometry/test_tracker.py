@@ -154,7 +154,7 @@ def test_the_cosine_regulariser_has_no_target_and_no_projection(tmp_path, assets
     assert sorted(record) == ["hidden", "step"]
 
 
-def test_validation_geometry_sees_the_same_validation_tokens_each_time_and_in_every_arm(tmp_path, assets):
+def test_validation_geometry_sees_the_same_validation_tokens_each_time_and_in_every_variant(tmp_path, assets):
     """One run trains with a learning rate of zero: its geometry must not move."""
     records = {}
     for name, nitp in (("ntp", {"weight": 0.0}), ("nitp", {})):
@@ -174,7 +174,7 @@ def test_validation_geometry_sees_the_same_validation_tokens_each_time_and_in_ev
         assert [record["step"] for record in records[name]] == [1, 2, 3]
         assert records[name][0]["hidden"] == records[name][2]["hidden"]
     assert sorted(records["nitp"][0]) == ["hidden", "projected", "step", "target"]
-    # Both arms start from the same weights, and see the same tokens.
+    # Both variants start from the same weights, and see the same tokens.
     assert records["ntp"][0]["hidden"] == records["nitp"][0]["hidden"]
     assert records["nitp"][0]["hidden"]["tokens"] == 2 * 4 * 128
 

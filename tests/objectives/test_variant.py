@@ -159,19 +159,19 @@ def test_a_package_outside_of_this_one_trains_from_a_folder_of_its_own(torchrun,
     files = [path.relative_to(EXAMPLE.parent) for path in (*EXAMPLE.glob("*.py"), *EXAMPLE.glob("recipes/*.toml"))]
     shutil.copytree(EXAMPLE, tmp_path / "my_variant", ignore=shutil.ignore_patterns("__pycache__"))
     losses = {}
-    for arm in ("ntp", "nitp"):
-        run = tmp_path / "runs" / arm
+    for variant in ("ntp", "nitp"):
+        run = tmp_path / "runs" / variant
         # The command of the README, then as one that has the same imports.
-        done = (torchrun if arm == "ntp" else warm_ranks)(
+        done = (torchrun if variant == "ntp" else warm_ranks)(
             1,
             "-m",
             "nitp_titan.train",
-            *("--recipe", str(tmp_path / f"my_variant/recipes/{arm}.toml"), "--training.steps", "3"),
+            *("--recipe", str(tmp_path / f"my_variant/recipes/{variant}.toml"), "--training.steps", "3"),
             *("--dump_folder", str(run), "--metrics.log_freq", "1", "--checkpoint.keep_latest_k", "0"),
             PYTHONPATH=str(tmp_path),
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        losses[arm] = read_records(run / "metrics.jsonl")
+        losses[variant] = read_records(run / "metrics.jsonl")
         resolved = json.loads((run / "resolved.json").read_text())
         assert resolved["model"]["family"] == "my_variant"
     assert [record["step"] for record in losses["nitp"]] == [1, 2, 3]

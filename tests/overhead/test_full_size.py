@@ -26,14 +26,15 @@ sys.path.insert(0, "scripts")
 from nitp_titan.sizing.trace import as_rows
 from overhead.full_size import Case, count_all
 
-cases = {name: [Case(arm=arm, **case) for arm in ("NTP", "NITP")] for name, case in json.loads(sys.argv[1]).items()}
+given = json.loads(sys.argv[1])
+cases = {name: [Case(variant=variant, **case) for variant in ("NTP", "NITP")] for name, case in given.items()}
 results = count_all([case for pair in cases.values() for case in pair], say=lambda line: None)
 figures = lambda r: {
     "matmul_flops": r.cost.matmul_flops, "attention_flops": r.cost.attention_flops, "peak_bytes": r.cost.peak_bytes,
     "prefetched": r.cost.prefetched_gathers, "collectives": as_rows(r.cost.collectives), "counts": vars(r.counts),
     "paper": [r.paper_flops, r.paper_nitp_flops], "state_bytes": r.state_bytes,
 }
-print(json.dumps({name: {arm: figures(next(results)) for arm in ("NTP", "NITP")} for name in cases}))
+print(json.dumps({name: {variant: figures(next(results)) for variant in ("NTP", "NITP")} for name in cases}))
 """
 _SHALLOW = {"recipe": "dense/nitp_3b", "seq_len": 2048, "shape": {"n_layers": 6}}
 CASES = {
@@ -63,7 +64,7 @@ def figures():
 
 def _added(pair: dict) -> dict[tuple[str, str], tuple[int, int]]:
     """(calls, bytes) that NITP adds, by kind and mesh axis."""
-    sides = [{(row["kind"], row["group"]): row for row in pair[arm]["collectives"]} for arm in ("NITP", "NTP")]
+    sides = [{(row["kind"], row["group"]): row for row in pair[variant]["collectives"]} for variant in ("NITP", "NTP")]
     found = {}
     for place in {*sides[0], *sides[1]}:
         nitp, ntp = (side.get(place, {"calls": 0, "payload": 0}) for side in sides)
@@ -76,7 +77,7 @@ def _added(pair: dict) -> dict[tuple[str, str], tuple[int, int]]:
 def test_products_of_the_dense_model_are_six_per_parameter_used(figures):
     d, kv, hidden = DENSE["dim"], DENSE["kv_dim"], DENSE["hidden"]
     layer = 2 * d * d + 2 * d * kv + 3 * d * hidden
-    ntp, nitp = (figures["dense"][arm]["matmul_flops"] / LENGTH for arm in ("NTP", "NITP"))
+    ntp, nitp = (figures["dense"][variant]["matmul_flops"] / LENGTH for variant in ("NTP", "NITP"))
     assert ntp == 6 * (DENSE["layers"] * layer + V * d)
     assert nitp - ntp == 6 * 12 * d * d
 
@@ -86,15 +87,15 @@ def test_products_of_the_moe_model_are_six_per_parameter_used(figures):
     attention = 2 * d * d + 2 * d * kv
     dense = 3 * d * MOE["dense_hidden"]
     experts = 3 * d * MOE["expert_hidden"] * MOE["used"] + d * MOE["experts"]
-    ntp, nitp = (figures["moe"][arm]["matmul_flops"] / LENGTH for arm in ("NTP", "NITP"))
+    ntp, nitp = (figures["moe"][variant]["matmul_flops"] / LENGTH for variant in ("NTP", "NITP"))
     assert ntp == 6 * (MOE["layers"] * attention + dense + (MOE["layers"] - 1) * experts + V * d)
     assert nitp - ntp == 6 * 12 * d * d
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_counted_products_are_those_of_the_built_model(figures, model):
-    for arm in ("NTP", "NITP"):
-        found = figures[model][arm]
+    for variant in ("NTP", "NITP"):
+        found = figures[model][variant]
         assert found["matmul_flops"] / LENGTH == found["counts"]["flops"] + found["counts"]["nitp_flops"]
 
 
@@ -107,7 +108,7 @@ def test_attention_is_counted_whole(figures, model, dim):
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_overhead_is_that_of_the_paper_within_a_tenth_of_a_point(figures, model):
-    ntp, nitp = (figures[model][arm]["matmul_flops"] for arm in ("NTP", "NITP"))
+    ntp, nitp = (figures[model][variant]["matmul_flops"] for variant in ("NTP", "NITP"))
     backbone, added = figures[model]["NITP"]["paper"]
     assert abs((nitp / ntp - 1) - added / backbone) < FLOPS_BAR
 
@@ -132,7 +133,7 @@ def test_the_formula_gives_the_papers_own_numbers():
 
 @pytest.mark.parametrize("case", ["dense", "moe", "worst"])
 def test_memory_of_activations_grows_by_two_percent_at_most(figures, case):
-    ntp, nitp = (figures[case][arm]["peak_bytes"] for arm in ("NTP", "NITP"))
+    ntp, nitp = (figures[case][variant]["peak_bytes"] for variant in ("NTP", "NITP"))
     assert nitp <= (1 + MEMORY_BAR) * ntp
 
 
@@ -147,7 +148,7 @@ def test_activations_of_a_dense_model_are_what_its_layers_keep(figures):
 
 def test_states_are_sharded(figures):
     projector = 12 * DENSE["dim"] ** 2
-    ntp, nitp = (figures["dense"][arm]["state_bytes"] for arm in ("NTP", "NITP"))
+    ntp, nitp = (figures["dense"][variant]["state_bytes"] for variant in ("NTP", "NITP"))
     assert nitp - ntp == 16 * projector / 8
 
 
@@ -162,7 +163,7 @@ def test_with_fsdp_the_projector_is_gathered_once_and_its_gradient_reduced_once(
 
 @pytest.mark.parametrize("case", CASES)
 def test_fsdp_gathers_as_many_layers_ahead_as_without_nitp(figures, case):
-    ntp, nitp = (figures[case][arm]["prefetched"] for arm in ("NTP", "NITP"))
+    ntp, nitp = (figures[case][variant]["prefetched"] for variant in ("NTP", "NITP"))
     assert nitp >= ntp > 0
 
 

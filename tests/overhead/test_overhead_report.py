@@ -16,7 +16,7 @@ from nitp_titan.report import stats
 from nitp_titan.report.stats import bootstrap_interval
 
 
-def _arm(matmul, ratio, peak):
+def _variant(matmul, ratio, peak):
     return {
         "seconds": {"median": 2.0 * ratio, "quartiles": [1.9 * ratio, 2.1 * ratio]},
         "ratio": {
@@ -43,10 +43,10 @@ MEASURED = {
         "float32, eager": {
             "tokens_per_step": 1024,
             "rounds": 60,
-            "arms": {
-                "NTP": _arm(100e6, 1.0, 500e6),
-                "NITP": _arm(102e6, 1.025, 505e6),
-                "MTP": _arm(130e6, 1.4, 900e6),
+            "variants": {
+                "NTP": _variant(100e6, 1.0, 500e6),
+                "NITP": _variant(102e6, 1.025, 505e6),
+                "MTP": _variant(130e6, 1.4, 900e6),
             },
         }
     },
@@ -73,9 +73,9 @@ def _measured(nitp: list[float], mtp: list[float], *, counted: bool = True) -> s
     setting["rounds"] = len(nitp)
     for name, ratios in (("NITP", nitp), ("MTP", mtp)):
         interval = bootstrap_interval(ratios, statistics.median)
-        setting["arms"][name]["ratio"] |= {"median": statistics.median(ratios), "interval": interval}
-    for arm in () if counted else setting["arms"].values():
-        arm["matmul_flops"] = arm["attention_flops"] = None
+        setting["variants"][name]["ratio"] |= {"median": statistics.median(ratios), "interval": interval}
+    for variant in () if counted else setting["variants"].values():
+        variant["matmul_flops"] = variant["attention_flops"] = None
     return report.tables({"measured": part})
 
 
@@ -107,7 +107,7 @@ def test_a_bar_is_judged_only_where_the_interval_leaves_it_and_zero_out(ratios, 
 
 def test_a_difference_that_rounds_to_nothing_has_no_sign_of_less():
     measured = copy.deepcopy(MEASURED)
-    measured["settings"]["float32, eager"]["arms"]["NITP"] = _arm(100e6, 1.025, 500e6 - 1)
+    measured["settings"]["float32, eager"]["variants"]["NITP"] = _variant(100e6, 1.025, 500e6 - 1)
     row = next(line for line in report.tables({"measured": measured}).splitlines() if line.startswith("| NITP |"))
     assert "+0.00%" in row and "-0.00%" not in row
 
@@ -115,7 +115,7 @@ def test_a_difference_that_rounds_to_nothing_has_no_sign_of_less():
 def test_the_measurement_that_was_said_to_be_within_the_bar_is_hidden_in_noise():
     """-0.6% (-3.5% to +5.8%) over 60 rounds: half a width of 4.65% must fall below 0.3 times the FLOPs' 2%, 0.6%."""
     part = copy.deepcopy(MEASURED)
-    part["settings"]["float32, eager"]["arms"]["NITP"]["ratio"] |= {"median": 0.994, "interval": [0.965, 1.058]}
+    part["settings"]["float32, eager"]["variants"]["NITP"]["ratio"] |= {"median": 0.994, "interval": [0.965, 1.058]}
     text = report.tables({"measured": part})
     assert "includes 0 and the bar, +2.60%. About 7,355 rounds would show it." in text
     rounds = 60 * (4.65 / 0.6 * 2.8 / 1.96) ** 2

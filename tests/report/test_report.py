@@ -1,4 +1,4 @@
-"""The comparison of runs: arms, fairness, statistics, page."""
+"""The comparison of runs: variants, fairness, statistics, page."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from study.report import MECHANISMS
 from nitp_titan.errors import UserError
 from nitp_titan.report import drawing, plots
 from nitp_titan.report.page import Report
-from nitp_titan.report.runs import common_steps, differences, read_arms
+from nitp_titan.report.runs import common_steps, differences, read_variants
 from nitp_titan.report.stats import (
     bootstrap_interval,
     difference,
@@ -37,10 +37,10 @@ def seeds(tmp_path):
     return tmp_path
 
 
-def arms_of(*arguments):
-    arms, problems = read_arms([str(argument) for argument in arguments])
+def variants_of(*arguments):
+    variants, problems = read_variants([str(argument) for argument in arguments])
     assert problems == []
-    return arms
+    return variants
 
 
 def value(name, run):
@@ -48,8 +48,8 @@ def value(name, run):
 
 
 def test_final_figures_are_means_over_the_last_tenth_or_last_values(tmp_path):
-    (arm,) = arms_of(write_run(tmp_path / "ntp"))
-    run = arm.runs[0]
+    (variant,) = variants_of(write_run(tmp_path / "ntp"))
+    run = variant.runs[0]
     assert BY_NAME["NTP loss"].steps([run]) == list(range(91, 101))
     assert value("NTP loss", run) == pytest.approx(sum(8.01 - step / 50 for step in range(91, 101)) / 10)
     assert BY_NAME["validation NTP loss"].steps([run]) == [100]
@@ -64,14 +64,14 @@ def _thinned(folder, name: str, keep) -> None:
 
 
 def test_figures_of_different_steps_never_stand_side_by_side(tmp_path):
-    """One arm validates at 1, 25, 50, 75, 100, the other at 1, 50, 100 and its last validation is lost; one logs every
-    step, the other every third."""
+    """One variant validates at 1, 25, 50, 75, 100, the other at 1, 50, 100 and its last validation is lost; one logs
+    every step, the other every third."""
     a = write_run(tmp_path / "a", validator={"freq": 25})
     b = write_run(tmp_path / "b", nitp=three_phases, better=0.5, validator={"freq": 50})
     _thinned(b, "validation", lambda step: step in (1, 50))
     _thinned(b, "geometry", lambda step: step < 100)
     _thinned(b, "metrics", lambda step: step % 3 == 1)
-    report = Report(arms_of(a, b))
+    report = Report(variants_of(a, b))
     header, rows = report.final_table()
     cells = [dict(zip(header, row)) for row in rows]
     assert [row["validation NTP loss"] for row in cells] == ["6.9000", "6.4000", "50"]
@@ -92,26 +92,26 @@ def test_a_figure_without_a_step_in_common_is_said_and_not_shown(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases)
     _thinned(a, "validation", lambda step: step in (1, 50))
     _thinned(b, "validation", lambda step: step in (25, 75))
-    report = Report(arms_of(a, b))
+    report = Report(variants_of(a, b))
     assert "validation NTP loss" not in report.final_table()[0]
     assert report.settings.warnings == ["validation NTP loss: the runs have no step in common; it is not compared."]
 
 
 def test_nothing_that_the_load_of_the_machine_decides_is_compared(seeds):
-    """Runs one after the other do not take turns: their speeds say nothing of what an arm costs."""
-    report = Report(arms_of(seeds / "ntp", seeds / "nitp"))
+    """Runs one after the other do not take turns: their speeds say nothing of what a variant costs."""
+    report = Report(variants_of(seeds / "ntp", seeds / "nitp"))
     header, rows = report.final_table()
     for words in ("overhead", "tokens/s", "+0.0%"):
         assert words not in header and not any(words in cell for row in rows for cell in row)
-    assert "say nothing of what an arm costs: scripts/overhead" in report.markdown()
+    assert "do not show the cost of a variant: scripts/overhead" in report.markdown()
 
 
 def test_the_largest_gradient_is_compared_with_the_median_of_an_even_number_too(tmp_path):
-    (arm,) = arms_of(write_run(tmp_path / "a", lr_scheduler={"warmup_steps": 0}))
+    (variant,) = variants_of(write_run(tmp_path / "a", lr_scheduler={"warmup_steps": 0}))
     (spikes,) = {one.of for one in MECHANISMS if one.figure == "largest gradient over the median"}
     for norms, ratio in (([1.0, 3.0, 6.0], 2.0), ([1.0, 3.0, 5.0, 8.0], 2.0)):
-        records = [record | {"grad_norm": norm} for record, norm in zip(arm.runs[0].records, norms)]
-        assert spikes(dataclasses.replace(arm.runs[0], records=records)) == pytest.approx(ratio)
+        records = [record | {"grad_norm": norm} for record, norm in zip(variant.runs[0].records, norms)]
+        assert spikes(dataclasses.replace(variant.runs[0], records=records)) == pytest.approx(ratio)
 
 
 def test_phases_finds_collapse_hump_and_end():
@@ -160,21 +160,24 @@ def test_a_value_that_is_not_finite_stays_alone():
     assert phases(list(range(3)), [1.0, 0.1, math.nan]) is None
 
 
-def test_runs_that_differ_in_their_seed_only_are_one_arm_and_ntp_comes_first(seeds):
-    arms = arms_of(seeds / "nitp", seeds / "ntp")
-    assert [(arm.name, len(arm.runs), arm.is_ntp) for arm in arms] == [("ntp_debug", 3, True), ("nitp_debug", 3, False)]
-    named = arms_of(f"b={seeds / 'nitp/seed_1'}", f"a={seeds / 'ntp'}")
-    assert [(arm.name, [run.seed for run in arm.runs]) for arm in named] == [("a", [1, 2, 3]), ("b", [1])]
+def test_runs_that_differ_in_their_seed_only_are_one_variant_and_ntp_comes_first(seeds):
+    variants = variants_of(seeds / "nitp", seeds / "ntp")
+    assert [(variant.name, len(variant.runs), variant.is_ntp) for variant in variants] == [
+        ("ntp_debug", 3, True),
+        ("nitp_debug", 3, False),
+    ]
+    named = variants_of(f"b={seeds / 'nitp/seed_1'}", f"a={seeds / 'ntp'}")
+    assert [(variant.name, [run.seed for run in variant.runs]) for variant in named] == [("a", [1, 2, 3]), ("b", [1])]
 
 
-def test_two_arms_of_one_recipe_take_the_names_of_their_folders(tmp_path):
+def test_two_variants_of_one_recipe_take_the_names_of_their_folders(tmp_path):
     write_run(tmp_path / "small")
     write_run(tmp_path / "large", training={"global_batch_size": 8})
-    assert [arm.name for arm in arms_of(tmp_path / "small", tmp_path / "large")] == ["ntp_debug", "large"]
+    assert [variant.name for variant in variants_of(tmp_path / "small", tmp_path / "large")] == ["ntp_debug", "large"]
 
 
 def test_differences_are_paired_by_seed(seeds):
-    ntp, nitp = arms_of(seeds / "ntp", seeds / "nitp")
+    ntp, nitp = variants_of(seeds / "ntp", seeds / "nitp")
     found = difference(nitp, ntp, BY_NAME["validation NTP loss"], [100])
     assert found.value == pytest.approx(-0.2) and found.pairs == 3 and found.shown
     assert found.interval == (pytest.approx(-0.3), pytest.approx(-0.1))
@@ -183,7 +186,7 @@ def test_differences_are_paired_by_seed(seeds):
 
 def test_only_common_seeds_are_paired(seeds):
     (seeds / "ntp/seed_2/metrics.jsonl").unlink()
-    ntp, nitp = arms_of(seeds / "ntp", seeds / "nitp")
+    ntp, nitp = variants_of(seeds / "ntp", seeds / "nitp")
     found = difference(nitp, ntp, BY_NAME["validation NTP loss"], [100])
     assert found.pairs == 2 and found.interval is None and not found.shown
     assert any(
@@ -205,27 +208,32 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
 @pytest.mark.parametrize(
     "table, key, value, reason",
     [
-        ("dataloader", "dataset_path", "other.jsonl", "the arms may see other data or another order"),
-        ("dataloader", "num_streams", 16, "the arms may see other data or another order"),
-        ("training", "global_batch_size", 8, "at the same step the arms have seen different numbers of tokens"),
-        ("training", "steps", 200, "at the same step the arms are at different parts of the learning-rate schedule"),
-        ("training", "seq_len", 256, "the arms may see other data or another order"),
+        ("dataloader", "dataset_path", "other.jsonl", "the variants may see other data or another order"),
+        ("dataloader", "num_streams", 16, "the variants may see other data or another order"),
+        ("training", "global_batch_size", 8, "at the same step the variants have seen different numbers of tokens"),
+        (
+            "training",
+            "steps",
+            200,
+            "at the same step the variants are at different parts of the learning-rate schedule",
+        ),
+        ("training", "seq_len", 256, "the variants may see other data or another order"),
         ("model", "flavor", "8B", "more than NITP is compared"),
         ("validator", "steps", 4, "validation is not on the same tokens"),
         ("geometry", "validation_batches", 4, "validation geometry is not of the same tokens"),
-        ("checkpoint", "initial_load_path", "there", "the arms may start from different weights"),
+        ("checkpoint", "initial_load_path", "there", "the variants may start from different weights"),
     ],
 )
 def test_an_unfair_comparison_is_called_so(tmp_path, table, key, value, reason):
     write_run(tmp_path / "a", steps=50)
     write_run(tmp_path / "b", steps=50, nitp=three_phases, **{table: {key: value}})
-    found = differences(read_arms([str(tmp_path / "a"), str(tmp_path / "b")])[0])
+    found = differences(read_variants([str(tmp_path / "a"), str(tmp_path / "b")])[0])
     assert list(found.others) == [f"{table}.{key}"]
     assert found.warnings == [f"{table}.{key} differs: {reason}."]
 
 
 def test_a_fair_comparison_differs_in_nitp_alone(seeds):
-    found = differences(arms_of(seeds / "ntp", seeds / "nitp"))
+    found = differences(variants_of(seeds / "ntp", seeds / "nitp"))
     assert found.nitp == {"nitp.weight": [0.0, 1.0]} and found.others == {} and found.warnings == []
 
 
@@ -244,20 +252,22 @@ def test_a_fair_comparison_differs_in_nitp_alone(seeds):
     ],
 )
 def test_harmless_settings_are_named_without_a_warning(tmp_path, table, key, value):
-    arms = arms_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, **{table: {key: value}}))
-    found = differences(arms)
+    variants = variants_of(
+        write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, **{table: {key: value}})
+    )
+    found = differences(variants)
     assert list(found.others) == [f"{table}.{key}"] and found.warnings == []
 
 
 def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", nitp=three_phases, steps=60)
-    arms, problems = read_arms([str(tmp_path / "a"), str(tmp_path / "b")])
+    variants, problems = read_variants([str(tmp_path / "a"), str(tmp_path / "b")])
     assert problems == [f"{tmp_path / 'b'}: at step 60 of 100; it is compared as far as it is."]
-    assert common_steps(run.series("tokens") for arm in arms for run in arm.runs) == list(range(1, 61))
+    assert common_steps(run.series("tokens") for variant in variants for run in variant.runs) == list(range(1, 61))
     said = "the runs are at steps 60 to 100: figures are compared at steps that all of them have."
-    assert said in differences(arms).warnings
-    report = Report(arms, problems)
+    assert said in differences(variants).warnings
+    report = Report(variants, problems)
     header, rows = report.final_table()
     assert [row[header.index("tokens")] for row in rows] == ["30,720", "30,720", "60"]
     assert rows[0][header.index("NTP loss")] == f"{8.01 - 57.5 / 50:.4f}"
@@ -272,14 +282,14 @@ def test_damaged_files_are_named_and_the_rest_is_drawn(tmp_path):
     (tmp_path / "b/resolved.json").write_text("{")
     (tmp_path / "a/geometry.jsonl").write_bytes(b"\xff\xfe nothing\n")
     (tmp_path / "empty").mkdir()
-    arms, problems = read_arms([str(tmp_path / name) for name in ("a", "b", "empty", "missing")])
+    variants, problems = read_variants([str(tmp_path / name) for name in ("a", "b", "empty", "missing")])
     assert problems == [
         f"{tmp_path}/empty has no metrics.jsonl; it is not the folder of a training run.",
         f"{tmp_path}/missing does not exist.",
         f"{tmp_path}/b: metrics.jsonl: 2 of 100 lines are no records (5, 10); they are left out.",
         f"{tmp_path}/b: resolved.json is damaged: its settings are unknown.",
     ]
-    report = Report(arms, problems)
+    report = Report(variants, problems)
     assert any("the settings of b are unknown" in warning for warning in report.settings.warnings)
     report.write(tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
@@ -295,7 +305,7 @@ def test_a_run_that_logged_hardly_anything_is_reported_too(tmp_path, record):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/metrics.jsonl").write_text('{"step": 1}\n' + record)
     for runs in (["a", "b"], ["b"]):
-        report = Report(*read_arms([str(tmp_path / name) for name in runs]))
+        report = Report(*read_variants([str(tmp_path / name) for name in runs]))
         report.write(tmp_path / "out")
         assert "b: no resolved.json: its settings are unknown." in (tmp_path / "out/report.md").read_text()
 
@@ -304,25 +314,25 @@ def test_nothing_to_compare_is_an_error_with_all_reasons(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/metrics.jsonl").write_text("")
     with pytest.raises(UserError) as error:
-        read_arms([str(tmp_path / "empty"), str(tmp_path / "missing")])
+        read_variants([str(tmp_path / "empty"), str(tmp_path / "missing")])
     assert str(error.value) == (
         f"there is no run to compare. {tmp_path}/empty/metrics.jsonl holds no step; the run is left out. "
         f"{tmp_path}/missing does not exist."
     )
 
 
-def test_one_run_per_arm_claims_nothing(tmp_path):
-    arms = arms_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, better=0.5))
-    first, phase = Report(arms).sentences()
+def test_one_run_per_variant_claims_nothing(tmp_path):
+    variants = variants_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, better=0.5))
+    first, phase = Report(variants).sentences()
     assert first.startswith(
         "nitp_debug against ntp_debug: validation NTP loss -0.5000 at step 100; validation effective "
     )
-    assert first.endswith("With one run per arm all of this may be chance: the data show nothing.")
+    assert first.endswith("With one run per variant all of this may be chance: the data show nothing.")
     assert phase.startswith("NITP loss of nitp_debug (moving average): 0.901 at the first step, collapses to")
 
 
 def test_three_seeds_say_what_is_shown_and_what_is_not(seeds):
-    (first, *_) = Report(arms_of(seeds / "ntp", seeds / "nitp")).sentences()
+    (first, *_) = Report(variants_of(seeds / "ntp", seeds / "nitp")).sentences()
     assert first == (
         "nitp_debug against ntp_debug, 3 seeds: the data show a difference in validation NTP loss -0.2000 (-0.3000 to "
         "-0.1000) at step 100; validation effective rank +0.2 (+0.1 to +0.3) at step 100, and they show none in "
@@ -331,11 +341,11 @@ def test_three_seeds_say_what_is_shown_and_what_is_not(seeds):
 
 
 def test_the_tables_have_mean_range_difference_and_steps(seeds):
-    report = Report(arms_of(seeds / "ntp", seeds / "nitp"))
+    report = Report(variants_of(seeds / "ntp", seeds / "nitp"))
     header, rows = report.final_table()
     cells = [dict(zip(header, row)) for row in rows]
     assert cells[0]["validation NTP loss"] == "5.9000 ± 0.0000" and cells[1]["validation NTP loss"] == "5.7000 ± 0.1000"
-    assert cells[2]["arm"] == "at step" and cells[2]["validation NTP loss"] == "100"
+    assert cells[2]["variant"] == "at step" and cells[2]["validation NTP loss"] == "100"
     header, rows = report.difference_table()
     cells = ["validation NTP loss", "100", "nitp_debug", "-0.2000", "-0.3000 to -0.1000", "3", "show a difference"]
     assert cells in rows
@@ -343,12 +353,12 @@ def test_the_tables_have_mean_range_difference_and_steps(seeds):
 
 
 def test_a_figure_that_rounds_to_nothing_has_no_sign_of_less(seeds):
-    arms = arms_of(seeds / "ntp", seeds / "nitp")
+    variants = variants_of(seeds / "ntp", seeds / "nitp")
     tiny = {"hidden": {"tokens": 512, "effective_rank": 9.0, "cosine": -1e-9}}
-    for index, arm in enumerate(arms):
+    for index, variant in enumerate(variants):
         probe = [{"step": 100, "hidden": tiny["hidden"] | {"cosine": -1e-9 * (index + 1)}}]
-        arm.runs[:] = [dataclasses.replace(run, validation_geometry=probe) for run in arm.runs]
-    report = Report(arms)
+        variant.runs[:] = [dataclasses.replace(run, validation_geometry=probe) for run in variant.runs]
+    report = Report(variants)
     header, rows = report.final_table()
     assert [row[header.index("validation cosine")] for row in rows] == ["0.000 ± 0.000", "0.000 ± 0.000", "100"]
     cells = next(row for row in report.difference_table()[1] if row[0] == "validation cosine")
@@ -357,7 +367,7 @@ def test_a_figure_that_rounds_to_nothing_has_no_sign_of_less(seeds):
 
 
 def test_every_figure_is_a_file_and_in_the_page(seeds):
-    report = Report(arms_of(seeds / "ntp", seeds / "nitp"))
+    report = Report(variants_of(seeds / "ntp", seeds / "nitp"))
     report.write(seeds / "out")
     names = [one.name for one in report.drawings]
     assert {"ntp_loss", "validation_ntp_loss", "nitp_loss", "effective_rank", "cosine", "spectra"} < set(names)
@@ -372,7 +382,7 @@ def test_every_figure_is_a_file_and_in_the_page(seeds):
 
 
 def test_the_page_asks_for_nothing_and_takes_the_colours_of_the_reader(seeds):
-    page = Report(arms_of(seeds / "ntp", seeds / "nitp")).html()
+    page = Report(variants_of(seeds / "ntp", seeds / "nitp")).html()
     for request in ("<script", "src=", "@import", "url(http"):
         assert request not in page
     hrefs = {part.split('"')[0] for part in page.split('href="')[1:]}
@@ -389,7 +399,7 @@ def _axes_of(drawn):
 
 
 def test_no_unit_is_invented_and_a_cut_axis_says_so(seeds):
-    by_name = {one.name: one for one in Report(arms_of(seeds / "ntp", seeds / "nitp")).drawings}
+    by_name = {one.name: one for one in Report(variants_of(seeds / "ntp", seeds / "nitp")).drawings}
     labels = {name: _axes_of(one)[1].get_ylabel() for name, one in by_name.items()}
     assert not any("direction" in label for label in labels.values())
     assert labels["effective_rank"] == "effective rank (log scale)"
@@ -400,7 +410,7 @@ def test_no_unit_is_invented_and_a_cut_axis_says_so(seeds):
 
 
 def test_legends_and_words_lie_on_no_curve_and_grids_behind_bars(seeds):
-    drawings = Report(arms_of(seeds / "ntp", seeds / "nitp")).drawings
+    drawings = Report(variants_of(seeds / "ntp", seeds / "nitp")).drawings
     for one in drawings:
         figure, axes = _axes_of(one)
         assert axes.get_legend() is None and len(figure.legends) == 1
@@ -416,14 +426,14 @@ def test_legends_and_words_lie_on_no_curve_and_grids_behind_bars(seeds):
 
 def test_names_cannot_break_the_page(tmp_path):
     write_run(tmp_path / "a")
-    page = Report(arms_of(f'<b>&"x={tmp_path / "a"}')).html()
+    page = Report(variants_of(f'<b>&"x={tmp_path / "a"}')).html()
     assert "<b>&" not in page.replace("<b>NTP", "") and "&lt;b&gt;&amp;" in page
 
 
 def test_spectra_are_drawn_at_the_measured_steps_nearest_to_those_asked_for(seeds):
-    arms = arms_of(seeds / "ntp", seeds / "nitp")
-    assert plots.chosen_steps(arms) == [100, 25, 1]
-    assert plots.chosen_steps(arms, [45, 80]) == [75, 50]
+    variants = variants_of(seeds / "ntp", seeds / "nitp")
+    assert plots.chosen_steps(variants) == [100, 25, 1]
+    assert plots.chosen_steps(variants, [45, 80]) == [75, 50]
 
 
 def test_the_compare_script_writes_the_report_and_refuses_what_is_no_run(seeds, project_folder):
@@ -444,9 +454,9 @@ def test_the_records_of_a_training_run_are_what_the_report_reads(tmp_path, asset
     from helpers import make_config, train
 
     train(make_config(tmp_path / "run", geometry={"enable": True, "interval": 1, "layers": True}))
-    (arm,) = read_arms([str(tmp_path / "run")])[0]
-    names = {one.name for one in plots.drawings([arm])}
+    (variant,) = read_variants([str(tmp_path / "run")])[0]
+    names = {one.name for one in plots.drawings([variant])}
     assert {"ntp_loss", "nitp_loss", "effective_rank", "cosine", "target_effective_rank", "spectra"} < names
     assert {"layers_effective_rank", "learning_rate", "throughput"} < names
-    assert arm.runs[0].seed == 42 and not arm.is_ntp
+    assert variant.runs[0].seed == 42 and not variant.is_ntp
     assert json.loads((tmp_path / "run/resolved.json").read_text())["nitp"]["weight"] == 1.0

@@ -10,7 +10,7 @@ import pytest
 from report_runs import three_phases, write_run
 
 from nitp_titan.report.page import Report
-from nitp_titan.report.runs import read_arms
+from nitp_titan.report.runs import read_variants
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="not run: needs Chromium (Debian: apt install chromium)")
@@ -61,7 +61,7 @@ def page(tmp_path_factory):
     for seed in (1, 2, 3):
         write_run(folder / f"ntp/seed_{seed}", seed=seed)
         write_run(folder / f"nitp/seed_{seed}", seed=seed, nitp=three_phases, better=0.1 * seed)
-    report = Report(*read_arms([str(folder / "ntp"), str(folder / "nitp")]))
+    report = Report(*read_variants([str(folder / "ntp"), str(folder / "nitp")]))
     text = report.html().replace("</body>", _PROBE + "</body>")
     (folder / "index.html").write_text(text)
     return folder / "index.html", len(report.drawings)

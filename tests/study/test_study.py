@@ -8,7 +8,7 @@ from processes import warm_python
 from report_runs import three_phases, write_run
 from study.report import MECHANISMS, mechanisms_table, read_study
 
-from nitp_titan.cli.launch import Arm as Training
+from nitp_titan.cli.launch import TrainingRun as Training
 from nitp_titan.config import recipe
 from nitp_titan.errors import UserError
 
@@ -21,7 +21,7 @@ def _rows(table: str) -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def runs(tmp_path):
-    """NITP with NTP losses lower by 0.1 to 0.3; a same-position arm that differs by chance."""
+    """NITP with NTP losses lower by 0.1 to 0.3; a same-position variant that differs by chance."""
     for seed, chance in ((1, -0.2), (2, 0.2), (3, 0.1)):
         write_run(tmp_path / f"ntp/seed_{seed}", seed=seed)
         write_run(tmp_path / f"nitp/seed_{seed}", seed=seed, nitp=three_phases, better=0.1 * seed)
@@ -29,14 +29,14 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_every_arm_of_a_mechanism_is_a_recipe():
+def test_every_variant_of_a_mechanism_is_a_recipe():
     available = recipe.available("recipes")
-    names = {name for mechanism in MECHANISMS for name in (mechanism.arm, mechanism.baseline) if name}
+    names = {name for mechanism in MECHANISMS for name in (mechanism.variant, mechanism.baseline) if name}
     assert {f"study/{name}" for name in names} <= set(available)
     assert {name for name in available if name.startswith("study/")} == {f"study/{name}" for name in names}
 
 
-def test_the_table_has_a_row_for_every_claim_whose_arms_are_there(runs):
+def test_the_table_has_a_row_for_every_claim_whose_variants_are_there(runs):
     rows = _rows(mechanisms_table(read_study(runs)))
     assert "MSE makes gradients spike" not in rows
     rank = rows["effective rank is higher"]
@@ -128,7 +128,10 @@ def test_a_run_that_fails_says_why(tmp_path, assets):
 def test_the_script_names_wrong_arguments(project_folder, tmp_path):
     command = ["scripts/study", "--out", str(tmp_path)]
     for arguments, message in (
-        (["--arm", "nitpp"], "error: --arm nitpp: there is no such recipe in recipes/study. Did you mean 'nitp'?\n"),
+        (
+            ["--recipe", "nitpp"],
+            "error: --recipe nitpp: there is no such recipe in recipes/study. Did you mean 'nitp'?\n",
+        ),
         (["--parallel", "0"], f"error: --parallel 0: 1 to {len(os.sched_getaffinity(0))}, the number of cores.\n"),
         (["--report"], f"error: {tmp_path} holds no runs of the study yet.\n"),
     ):

@@ -1,4 +1,4 @@
-"""Whole training runs of one rank: off means off, fair arms, counts, resume, metrics."""
+"""Whole training runs of one rank: off means off, fair variants, counts, resume, metrics."""
 
 import dataclasses
 import json
@@ -58,8 +58,8 @@ class _Recording(PackedDataLoader):
             yield inputs, labels
 
 
-def test_both_arms_start_from_the_same_weights_and_see_the_same_batches(assets, tmp_path):
-    arms = {}
+def test_both_variants_start_from_the_same_weights_and_see_the_same_batches(assets, tmp_path):
+    variants = {}
     for recipe in ("debug/ntp_debug", "debug/nitp_debug"):
         _Recording.seen = []
         config = make_config(tmp_path / recipe, recipe=recipe, generated_data=False)
@@ -71,8 +71,8 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_batches(assets, 
             trainer.step = step
             trainer.train_step(batches)
         trainer.close()
-        arms[recipe] = start, _Recording.seen, parameters(trainer)
-    (ntp_start, ntp_batches, ntp_end), (nitp_start, nitp_batches, nitp_end) = arms.values()
+        variants[recipe] = start, _Recording.seen, parameters(trainer)
+    (ntp_start, ntp_batches, ntp_end), (nitp_start, nitp_batches, nitp_end) = variants.values()
     assert ntp_start.keys() == {name for name in nitp_start if not name.startswith("nitp.")}
     assert all(torch.equal(ntp_start[name], nitp_start[name]) for name in ntp_start)
     assert len(ntp_batches) == len(nitp_batches) == 3

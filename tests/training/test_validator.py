@@ -19,7 +19,7 @@ from nitp_titan.config import recipe
 from nitp_titan.config.trained import validation_config
 from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.errors import UserError
-from nitp_titan.report.runs import read_arms
+from nitp_titan.report.runs import read_variants
 from nitp_titan.step_files import read_records
 from nitp_titan.training.preemption import EXIT_PREEMPTED
 from nitp_titan.training.validator import ValidationData, ValidationSkipped, ValidationStopped
@@ -305,7 +305,7 @@ def test_the_last_step_is_logged_measured_and_validated_once(assets, tmp_path):
             steps = [record["step"] for record in read_records(tmp_path / f"run/{file}.jsonl")]
             assert steps == [1, 3], file
     assert trainer.validator.should_validate(3)
-    _, problems = read_arms([str(tmp_path / "run")])
+    _, problems = read_variants([str(tmp_path / "run")])
     assert problems == []
 
 

@@ -1,4 +1,4 @@
-"""The three arms whose cost is compared: NTP, NITP and MTP, on one model, one machine and the same batches."""
+"""The three variants whose cost is compared: NTP, NITP and MTP, on one model, one machine and the same batches."""
 
 import dataclasses
 from pathlib import Path
@@ -14,8 +14,8 @@ from overhead.mtp import with_mtp
 NAMES = ("NTP", "NITP", "MTP")
 
 
-def arm_configs(recipe_path: Path, train_config: Path, **changes) -> dict:
-    """Training configs by arm name; they differ in their auxiliary objective alone.
+def variant_configs(recipe_path: Path, train_config: Path, **changes) -> dict:
+    """Training configs by variant name; they differ in their auxiliary objective alone.
 
     Nothing is measured, validated or saved in between: the cost of a step is that of training.
 
