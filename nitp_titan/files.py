@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
@@ -100,6 +100,30 @@ def fingerprint(path: str | Path, num_bytes: int | None = None) -> str:
             file.seek(size - _END_BYTES)
             digest.update(file.read(_END_BYTES))
     return f"{size}:{digest.hexdigest()}"
+
+
+def nearest_existing(path: Path) -> Path:
+    """The nearest folder or file at or above a path that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless a folder is there or can be made, and files in it; leaves nothing behind.
+
+    The error's ``filename`` is the nearest folder or file at or above it that is there.
+    """
+    existing = nearest_existing(folder)
+    try:
+        for name in folder.absolute().relative_to(existing).parts:
+            # A name may be too long.
+            with suppress(FileNotFoundError):
+                os.stat(existing / name)
+        # Root may write where the permissions say no, and may not in /proc where they say yes: try.
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(existing)) from None
 
 
 def archive(path: Path) -> Path:

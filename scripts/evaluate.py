@@ -20,7 +20,7 @@ from nitp_titan.evaluation import embeddings, harness, perplexity
 from nitp_titan.evaluation.local_suite import DEFAULT_FOLDER
 from nitp_titan.evaluation.plan import Plan
 from nitp_titan.evaluation.pretrained import read_models, require, SPREAD
-from nitp_titan.evaluation.run import evaluate, Settings
+from nitp_titan.evaluation.run import evaluate, EvaluationSettings
 from nitp_titan.evaluation.suites import SUITES
 from nitp_titan.evaluation.tables import Comparison
 from nitp_titan.export.dtypes import DTYPES
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device="cpu" if device == SPREAD else device)
@@ -75,7 +75,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise UserError(f"--dtype {dtype} is not known.{nearest_choice(dtype, [*DTYPES])}")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: at least 1.")
-    return Settings(arguments.out, dtype, device, arguments.batch_size)
+    return EvaluationSettings(arguments.out, dtype, device, arguments.batch_size)
 
 
 def _plan(arguments: argparse.Namespace, models: list) -> Plan:

@@ -16,40 +16,41 @@ import _checkout  # noqa: F401
 
 from nitp_titan.evaluation.geometry import (
     check,
+    GeometrySettings,
     log,
     measure_models,
-    Settings,
 )
 from nitp_titan.evaluation.pretrained import read_models
 from nitp_titan.machine import exits
-from nitp_titan.report.folder import check_writable
+from nitp_titan.report.folder import check_out
 from nitp_titan.report.pretrained_geometry import as_json, tables, write
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = GeometrySettings
     parser.add_argument(
         "--model", nargs="+", action="append", required=True, metavar="[NAME=]MODEL", help="a folder, or owner/name"
     )
     parser.add_argument(
         "--text", type=Path, required=True, help="JSON lines, parquet, or .txt with blank lines between documents"
     )
-    parser.add_argument("--text-field", default=Settings.text_field, help="field of the JSON lines (%(default)s)")
-    parser.add_argument("--seq-len", type=int, default=Settings.seq_len, help="tokens per document (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=Settings.tokens, help="at most so many in all (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=Settings.batch_size, help="sequences at a time (%(default)s)")
-    parser.add_argument("--dtype", default=Settings.dtype, help="float32, bfloat16 or float16 (%(default)s)")
-    parser.add_argument("--device", default=Settings.device, help="auto, cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--num-pairs", type=int, default=Settings.num_pairs, help="sampled pairs (%(default)s)")
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="of the sampled pairs (%(default)s)")
+    parser.add_argument("--text-field", default=defaults.text_field, help="field of the JSON lines (%(default)s)")
+    parser.add_argument("--seq-len", type=int, default=defaults.seq_len, help="tokens per document (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=defaults.tokens, help="at most so many in all (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="sequences at a time (%(default)s)")
+    parser.add_argument("--dtype", default=defaults.dtype, help="float32, bfloat16 or float16 (%(default)s)")
+    parser.add_argument("--device", default=defaults.device, help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--num-pairs", type=int, default=defaults.num_pairs, help="sampled pairs (%(default)s)")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the sampled pairs (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of geometry.json, geometry.md and the figures")
     parser.add_argument("--json", action="store_true", help="print geometry.json instead of the table")
     arguments = vars(parser.parse_args())
     models, out, as_text = arguments.pop("model"), arguments.pop("out"), arguments.pop("json")
-    settings = Settings(**arguments)
+    settings = GeometrySettings(**arguments)
     models = read_models([model for several in models for model in several])
     check(settings)
-    check_writable(out)
+    check_out(out)
     result = measure_models(models, settings)
     files = write(result, out)
     print(as_json(result) if as_text else tables(result))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nitp_titan.config import recipe
-from nitp_titan.errors import UserError
+from nitp_titan.config.tables import flat
+from nitp_titan.errors import changed_values, UserError
 from nitp_titan.objectives.settings import NITPConfig
 
 _LABEL = re.compile(r"# (Source|Run|Cost|Expect): +(.*)")
@@ -89,20 +90,14 @@ def _patterns(train_config: str) -> list[str]:
     return machine.get("intended_recipes", [])
 
 
-def difference(left: dict[str, Any], right: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ between two sets of tables, as ``{"table.key": (left, right)}``.
+def difference(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ between two sets of tables, as ``{"table.key": [left, right]}``.
 
     A setting that only one side has is None on the other, or its default in ``[nitp]``.
     """
-    defaults = {"nitp": {field.name: field.default for field in dataclasses.fields(NITPConfig)}}
-    differing = {}
-    for table in sorted({*left, *right}):
-        sides = [{**defaults.get(table, {}), **tables.get(table, {})} for tables in (left, right)]
-        for key in sorted({*sides[0], *sides[1]}):
-            values = tuple(side.get(key) for side in sides)
-            if values[0] != values[1]:
-                differing[f"{table}.{key}" if table else key] = values
-    return differing
+    defaults = {field.name: field.default for field in dataclasses.fields(NITPConfig)}
+    sides = [flat({**tables, "nitp": defaults | tables.get("nitp", {})}) for tables in (left, right)]
+    return dict(sorted(changed_values(*sides).items()))
 
 
 def pairs(name: str | None, train_config: str | None) -> list[tuple[Path, Path]]:

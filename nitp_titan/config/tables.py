@@ -19,17 +19,24 @@ def entries(tables: Tables) -> Iterator[tuple[str, str, Any]]:
             yield "", name, content
 
 
-def flat_settings(tables: Tables) -> dict[str, Any]:
-    """Every single setting by the name that messages give it: ``[training] steps``, ``[optimizer] lr``."""
+def flat(tables: Tables) -> dict[str, Any]:
+    """Every single setting by its dotted name: ``training.steps``, ``optimizer.lr``."""
     found: dict[str, Any] = {}
     for table, key, value in entries(tables):
-        if table:
-            _add_leaves(found, f"[{table}] {key}", value)
-        else:
-            _add_leaves(found, key, value)
+        _add_leaves(found, f"{table}.{key}" if table else key, value)
     one_group = not any("param_groups[1]" in name for name in found)
     prefix = "param_groups[0].optimizer_kwargs."
     return {name.replace(prefix, "") if one_group else name: value for name, value in found.items()}
+
+
+def flat_settings(tables: Tables) -> dict[str, Any]:
+    """`flat` with the names that messages give: ``[training] steps``, ``[optimizer] lr``."""
+    return {_as_in_messages(name): value for name, value in flat(tables).items()}
+
+
+def _as_in_messages(name: str) -> str:
+    table, dot, key = name.partition(".")
+    return f"[{table}] {key}" if dot else name
 
 
 def _add_leaves(found: dict[str, Any], name: str, value: Any) -> None:

@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class GeometrySettings:
     """What is measured and how, each field as the flag of `scripts/geometry.py` with its name.
 
     Raises:
@@ -112,7 +112,7 @@ def _log_progress(name: str, progress: Progress, tokens: int) -> None:
         log(f"{name}: {progress.done:,} of {progress.total:,} tokens, {progress.speed:,.0f} tokens/s")
 
 
-def check(settings: Settings) -> None:
+def check(settings: GeometrySettings) -> None:
     """Raise UserError unless transformers is installed and the text holds the two documents that pairs need."""
     require("transformers")
     number = len(list(islice(documents_of(settings.text, settings.text_field), 2)))
@@ -123,7 +123,7 @@ def check(settings: Settings) -> None:
         )
 
 
-def measure_models(models: Sequence[Model], settings: Settings) -> dict[str, Any]:
+def measure_models(models: Sequence[Model], settings: GeometrySettings) -> dict[str, Any]:
     """Measure models, one after another, on the same documents.
 
     Args:
@@ -160,7 +160,7 @@ def measure_models(models: Sequence[Model], settings: Settings) -> dict[str, Any
 
 
 def _measure_one(
-    name: str, source: str, settings: Settings, num_documents: int | None
+    name: str, source: str, settings: GeometrySettings, num_documents: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Figures of a model and warnings; without a number of documents ``settings.tokens`` ends the text."""
     model, tokenizer = load_pretrained(source, dtype=settings.dtype, device=settings.torch_device())
@@ -192,7 +192,7 @@ def _measure_one(
     return {"name": name, "model": source, **sizes, **shape, "states": states}, warnings
 
 
-def _check_sequences(sequences: Sequence[Tensor], model: nn.Module, source: str, settings: Settings) -> None:
+def _check_sequences(sequences: Sequence[Tensor], model: nn.Module, source: str, settings: GeometrySettings) -> None:
     if sum(len(ids) > 0 for ids in sequences) < 2:
         raise UserError(
             f"--tokens {settings.tokens}: fewer than 2 documents of {settings.text} fit, of up to --seq-len "

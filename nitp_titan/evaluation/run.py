@@ -16,7 +16,7 @@ from nitp_titan.progress import Progress
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How models are run.
 
     Args:
@@ -41,7 +41,7 @@ class Results:
     failures: dict[tuple[str, str], str]
 
 
-def evaluate(models: Sequence[Model], plan: Plan, settings: Settings) -> Results:
+def evaluate(models: Sequence[Model], plan: Plan, settings: EvaluationSettings) -> Results:
     """Scores of every model on every task; each is kept as soon as it is there, and not run again.
 
     A task that cannot be run is a failure of the `Results`, and the others go on.
@@ -85,7 +85,7 @@ def evaluate(models: Sequence[Model], plan: Plan, settings: Settings) -> Results
     return Results(fingerprints, scores, failures)
 
 
-def _load(model: Model, settings: Settings) -> LoadedModel:
+def _load(model: Model, settings: EvaluationSettings) -> LoadedModel:
     network, tokenizer = load_pretrained(model.source, dtype=settings.dtype, device=settings.device)
     for line in without_bos(tokenizer, "prompts"):
         print(f"warning: {model.name}: {line}")

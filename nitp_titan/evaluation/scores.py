@@ -62,8 +62,8 @@ def _stderr(influence: Sequence[float]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A model's figure minus the baseline's.
+class ScoreDifference:
+    """A model's score minus the baseline's, on the same documents where it is paired.
 
     Args:
         value: the difference, in the unit of the figure.
@@ -77,15 +77,15 @@ class Difference:
     paired: bool
 
 
-def difference(score: Score, baseline: Score) -> Difference | None:
-    """Difference of two scores; None if their units differ."""
+def difference(score: Score, baseline: Score) -> ScoreDifference | None:
+    """ScoreDifference of two scores; None if their units differ."""
     if score.scale != baseline.scale:
         return None
     value = score.value - baseline.value
     if score.influence is None or baseline.influence is None or score.documents != baseline.documents:
-        return Difference(value, root_sum_of_squares([score.stderr, baseline.stderr]), paired=False)
+        return ScoreDifference(value, root_sum_of_squares([score.stderr, baseline.stderr]), paired=False)
     shares = [ours - theirs for ours, theirs in zip(score.influence, baseline.influence, strict=True)]
-    return Difference(value, _stderr(shares), paired=True)
+    return ScoreDifference(value, _stderr(shares), paired=True)
 
 
 def root_sum_of_squares(stderrs: Sequence[float | None]) -> float | None:

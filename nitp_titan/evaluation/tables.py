@@ -10,8 +10,8 @@ from nitp_titan import markdown
 from nitp_titan.evaluation import scores
 from nitp_titan.evaluation.plan import Average, Plan, Row
 from nitp_titan.evaluation.pretrained import Model
-from nitp_titan.evaluation.run import Results, Settings
-from nitp_titan.evaluation.scores import Difference
+from nitp_titan.evaluation.run import EvaluationSettings, Results
+from nitp_titan.evaluation.scores import ScoreDifference
 from nitp_titan.files import write_atomically
 
 # Metrics in units of their own; all others are shares, shown in percent as in the paper.
@@ -26,7 +26,7 @@ class Cell:
     value: float
     stderr: float | None
     size: int | None
-    difference: Difference | None = None
+    difference: ScoreDifference | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Line:
 class Comparison:
     """All rows of a plan, for models of which the first is the baseline."""
 
-    def __init__(self, models: Sequence[Model], plan: Plan, settings: Settings, results: Results):
+    def __init__(self, models: Sequence[Model], plan: Plan, settings: EvaluationSettings, results: Results):
         self.models, self.plan, self.settings, self.results = models, plan, settings, results
         self.lines = [line for row in plan.rows if (line := self._line(row)).cells]
         self.averages = [line for average in plan.averages if (line := self._average(average)) is not None]
@@ -86,7 +86,7 @@ class Comparison:
             found = None
             if model is not self.baseline:
                 steps = [part.difference for part in parts]
-                found = Difference(
+                found = ScoreDifference(
                     *scores.mean([step.value for step in steps], [step.stderr for step in steps]),
                     paired=all(step.paired for step in steps),
                 )
@@ -164,14 +164,14 @@ class Comparison:
         write_atomically(out / "results.md", self.markdown())
 
 
-def _difference(parts: list[scores.Score], baseline: list[scores.Score]) -> Difference | None:
+def _difference(parts: list[scores.Score], baseline: list[scores.Score]) -> ScoreDifference | None:
     steps = [scores.difference(ours, theirs) for ours, theirs in zip(parts, baseline, strict=True)]
     if None in steps:
         return None
     value, stderr = scores.pooled(
         [step.value for step in steps], [step.stderr for step in steps], [part.size for part in parts]
     )
-    return Difference(value, stderr, all(step.paired for step in steps))
+    return ScoreDifference(value, stderr, all(step.paired for step in steps))
 
 
 def _as_json(line: Line) -> dict:

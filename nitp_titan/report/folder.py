@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nitp_titan.errors import UserError
+from nitp_titan.files import check_writable
 from nitp_titan.report.drawing import Drawing, write_files, write_overview
 
 
-def check_writable(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Raise UserError unless files can be written into a folder, which need not exist yet. Nothing is made."""
-    existing = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        reason = "may not be written to" if existing.is_dir() else "is no folder"
-        raise UserError(f"--out {out} cannot be written: {existing} {reason}.")
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.filename}: {error.strerror}.") from None
 
 
 def write_page(out: Path, name: str, *, text: str, data: str, drawings: Sequence[Drawing]) -> list[Path]:

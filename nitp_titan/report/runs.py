@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nitp_titan.config.tables import flat
 from nitp_titan.errors import UserError
 
 Series = tuple[list[int], list[float]]
@@ -198,20 +199,12 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 def _read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        return flattened(json.loads(path.read_text()))
+        return flat(json.loads(path.read_text()))
     except FileNotFoundError:
         problems.append("no resolved.json: its settings are unknown.")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         problems.append("resolved.json is damaged: its settings are unknown.")
     return {}
-
-
-def flattened(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as ``table.key``; lists stay as they are."""
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 @dataclass(frozen=True)
@@ -225,7 +218,7 @@ class Differences:
 
 
 def differences(variants: Sequence[Variant]) -> Differences:
-    """What the variants differ in beyond their seeds."""
+    """Settings that differ between variants, beyond their seeds."""
     known = [variant for variant in variants if variant.settings]
     keys = sorted({key for variant in known for key in variant.settings})
     found = {key: [variant.settings.get(key) for variant in known] for key in keys}

@@ -4,8 +4,6 @@ import dataclasses
 import os
 import shutil
 import sys
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from nitp_titan.data.loader import check_sources
 from nitp_titan.data.tokenizer import check_end_of_document, UnfitTokenizer
 from nitp_titan.errors import UserError
 from nitp_titan.export.export import check_last_save
+from nitp_titan.files import check_writable, nearest_existing
 from nitp_titan.machine import cpu
 from nitp_titan.machine.failures import surroundings
 from nitp_titan.models import meta_tensors
@@ -129,7 +128,7 @@ def check_run(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
         tensors: of the model, as `meta_tensors` gives them; not looked at without checkpoints.
     """
     _check_tokenizer(config, spec)
-    check_writable(config.dump_folder)
+    _check_dump_folder(config.dump_folder)
     _check_room(config, tensors)
 
 
@@ -154,28 +153,14 @@ def _check_tokenizer(config, spec: ModelSpec) -> None:
         )
 
 
-def check_writable(dump_folder: str) -> None:
-    """Raise UserError unless a run folder is there or can be made, and files in it; leaves nothing behind."""
+def _check_dump_folder(dump_folder: str) -> None:
     if is_remote(dump_folder):
         return
-    folder = _existing(dump_folder)
     try:
-        for name in Path(dump_folder).absolute().relative_to(folder).parts:
-            # A name may be too long.
-            with suppress(FileNotFoundError):
-                os.stat(folder / name)
-        # Root may write where the permissions say no, and may not in /proc where they say yes: try.
-        with tempfile.TemporaryDirectory(dir=folder):
-            pass
+        check_writable(Path(dump_folder))
     except OSError as error:
-        message = f"dump_folder = '{dump_folder}' cannot be written: {folder}: {error.strerror}."
+        message = f"dump_folder = '{dump_folder}' cannot be written: {error.filename}: {error.strerror}."
         raise UserError(message, table="", key="dump_folder") from None
-
-
-def _existing(path: str) -> Path:
-    """The nearest folder or file at or above a path that is there."""
-    path = Path(path).absolute()
-    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def checkpoint_bytes(config, tensors: dict[str, Tensor]) -> int:
@@ -199,7 +184,7 @@ def _check_room(config, tensors: dict[str, Tensor]) -> None:
     settings = config.checkpoint
     if not settings.enable or settings.load_only or is_remote(config.dump_folder) or is_remote(settings.folder):
         return
-    folder = _existing(os.path.join(config.dump_folder, settings.folder))
+    folder = nearest_existing(Path(config.dump_folder, settings.folder))
     free, needed = shutil.disk_usage(folder).free, checkpoint_bytes(config, tensors)
     if free < needed:
         raise UserError(

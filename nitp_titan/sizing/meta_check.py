@@ -38,7 +38,7 @@ _STATES_PER_PARAMETER = {"parameters": 1, "gradients": 1, "optimizer": 2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Check:
     """One recipe on one train config, seen from one rank."""
 
     recipe: Path
@@ -58,7 +58,7 @@ def check(pairs: Iterable[tuple[Path, Path]]) -> Iterator[dict[str, Any]]:
     """
     if dist.is_initialized():
         raise RuntimeError("meta_check.check needs a process without a torch.distributed process group.")
-    jobs = [[Job(*pair, rank) for rank in _first_ranks(*pair)] for pair in pairs]
+    jobs = [[Check(*pair, rank) for rank in _first_ranks(*pair)] for pair in pairs]
     cpu.install()
     # What a run would warn of is no news here.
     logger.setLevel(logging.ERROR)
@@ -90,7 +90,7 @@ def _merged(stages: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _run(job: Check) -> dict[str, Any]:
     start = time.process_time()
     result: dict[str, Any] = {"recipe": str(job.recipe), "train_config": str(job.train_config)}
     try:
@@ -103,7 +103,7 @@ def _run(job: Job) -> dict[str, Any]:
     return result
 
 
-def _result(job: Job) -> dict[str, Any]:
+def _result(job: Check) -> dict[str, Any]:
     config = load_config(job.recipe, job.train_config)
     machine, training = config.machine, config.training
     check_parallelism(config, machine.num_ranks)

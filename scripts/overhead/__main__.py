@@ -53,10 +53,10 @@ def main() -> None:
     # TorchTitan's own lines are about training.
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    from nitp_titan.report.folder import check_writable
+    from nitp_titan.report.folder import check_out
     from overhead import bench, report
 
-    check_writable(arguments.out)
+    check_out(arguments.out)
     for part in arguments.only or PARTS:
         if part == "measured":
             found = bench.measured(

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import _checkout  # noqa: F401
 
-from chaos.campaign import Campaign, Settings
+from chaos.campaign import Campaign, CampaignSettings
 from chaos.moments import MOMENTS
 from chaos.trials import by_moment, table
 from nitp_titan.errors import UserError
@@ -34,23 +34,24 @@ from nitp_titan.machine import exits
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = CampaignSettings
     parser.add_argument("--trials", type=int, default=20, help="killed at their moments (default: 20)")
     parser.add_argument("--kills", type=int, default=1, help="per trial (default: 1)")
     parser.add_argument("--moment", action="append", help=f"repeat; default: all of {', '.join(MOMENTS)}")
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default: 0)")
     parser.add_argument("--ranks", type=int, default=1, help="1, 2 or 4 (default: 1)")
     parser.add_argument("--async", action="store_true", dest="asynchronous", help="checkpoint.async_mode = async")
-    parser.add_argument("--recipe", default=Settings.recipe, help=f"default: {Settings.recipe}")
-    parser.add_argument("--train-config", default=Settings.train_config, help=f"default: {Settings.train_config}")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help=f"of a run (default: {Settings.steps})")
-    parser.add_argument("--interval", type=int, default=Settings.interval, help="steps between checkpoints; default: 3")
+    parser.add_argument("--recipe", default=defaults.recipe, help=f"default: {defaults.recipe}")
+    parser.add_argument("--train-config", default=defaults.train_config, help=f"default: {defaults.train_config}")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help=f"of a run (default: {defaults.steps})")
+    parser.add_argument("--interval", type=int, default=defaults.interval, help="steps between checkpoints; default: 3")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative; default: 0, bit for bit")
     parser.add_argument("--out", type=Path, default=Path("outputs/chaos"), help="new folder (default: outputs/chaos)")
     parser.add_argument("--json", action="store_true", help="print JSON; what goes on meanwhile goes to stderr")
     arguments = parser.parse_args()
     if arguments.trials < 1:
         raise UserError(f"--trials {arguments.trials}: it must be at least 1.")
-    settings = Settings(
+    settings = CampaignSettings(
         recipe=arguments.recipe,
         train_config=arguments.train_config,
         num_ranks=arguments.ranks,

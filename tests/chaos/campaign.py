@@ -28,7 +28,7 @@ _OF_EXPORT = ("during export",)
 
 
 @dataclass(frozen=True)
-class Settings:
+class CampaignSettings:
     """What is trained and how it is killed.
 
     Raises:
@@ -106,7 +106,7 @@ class Campaign:
         UserError: if the folder is in the way.
     """
 
-    def __init__(self, settings: Settings, out: Path, say: Callable[[str], None] = lambda line: None):
+    def __init__(self, settings: CampaignSettings, out: Path, say: Callable[[str], None] = lambda line: None):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} exists already; choose another folder or remove it.")
         self.settings, self.out, self.say = settings, out.absolute(), say

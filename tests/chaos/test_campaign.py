@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos.campaign import Campaign, Settings
+from chaos.campaign import Campaign, CampaignSettings
 from chaos.trials import (
     by_moment,
     Kill,
@@ -22,7 +22,7 @@ from nitp_titan.errors import UserError
 
 
 def test_training_and_export_survive_kills_and_end_as_if_nothing_had_happened(assets, tmp_path):
-    campaign = Campaign(Settings(), tmp_path / "chaos")
+    campaign = Campaign(CampaignSettings(), tmp_path / "chaos")
     campaign.run_reference()
     assert 0 < campaign.lengths["during a checkpoint write", 6] < campaign.lengths["any", 0]
 
@@ -55,7 +55,7 @@ def test_training_and_export_survive_kills_and_end_as_if_nothing_had_happened(as
 )
 def test_a_bad_option_is_told_in_one_line(options, message):
     with pytest.raises(UserError) as error:
-        Settings(**options)
+        CampaignSettings(**options)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation import harness, scores, suites
 from nitp_titan.evaluation.pretrained import read_models
-from nitp_titan.evaluation.run import evaluate, Settings
+from nitp_titan.evaluation.run import evaluate, EvaluationSettings
 from nitp_titan.evaluation.scores import difference, Score
 
 
@@ -176,7 +176,7 @@ def test_an_unreachable_hub_is_said_before_any_work(workplace, tmp_path, monkeyp
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("nitp_titan.evaluation.run.load_pretrained", None)
-    models, settings = read_models([f"{workplace}/ntp"]), Settings(tmp_path, "float32", "cpu", 1)
+    models, settings = read_models([f"{workplace}/ntp"]), EvaluationSettings(tmp_path, "float32", "cpu", 1)
     with pytest.raises(UserError, match="^http://127.0.0.1:9 cannot be reached .ConnectError., where the suite's data"):
         evaluate(models, harness.plan("quick", [], limit=None, local_folder=tmp_path), settings)
 

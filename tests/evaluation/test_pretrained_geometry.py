@@ -25,12 +25,12 @@ from nitp_titan.data.text_files import documents_of
 from nitp_titan.errors import UserError
 from nitp_titan.evaluation.geometry import (
     check,
+    GeometrySettings,
     measure_models,
-    Settings,
     tokenized,
 )
 from nitp_titan.evaluation.pretrained import read_models
-from nitp_titan.report.folder import check_writable
+from nitp_titan.report.folder import check_out
 from nitp_titan.report.pretrained_geometry import as_json, tables, write
 
 
@@ -77,7 +77,7 @@ def test_the_script_compares_two_models_offline(saved, text, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     models = read_models([str(llama), f"second={gpt2}"])
-    result = measure_models(models, Settings(text=text, seq_len=16, num_pairs=32))
+    result = measure_models(models, GeometrySettings(text=text, seq_len=16, num_pairs=32))
     assert json.loads((out / "geometry.json").read_text()) == json.loads(as_json(result))
     files = {
         f"{name}.{kind}" for name in ("layers_effective_rank", "layers_cosine", "spectrum") for kind in ("png", "svg")
@@ -91,7 +91,7 @@ def test_the_script_compares_two_models_offline(saved, text, tmp_path):
 
 
 def test_the_table_has_both_models_and_their_difference(saved, text):
-    result = measure_models(read_models([*map(str, saved.values())]), Settings(text=text, seq_len=16))
+    result = measure_models(read_models([*map(str, saved.values())]), GeometrySettings(text=text, seq_len=16))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables(result).splitlines()]
     assert rows[0] == ["last hidden state", "llama", "gpt2", "gpt2 - llama"]
     ranks = [model["states"]["hidden"]["effective_rank"] for model in result["models"]]
@@ -104,7 +104,7 @@ def test_models_of_different_context_are_cut_and_named(saved, text, tmp_path):
     short = tmp_path / "short"
     LlamaForCausalLM(LlamaConfig(**SIZES | {"max_position_embeddings": 8})).save_pretrained(short)
     AutoTokenizer.from_pretrained(saved["gpt2"]).save_pretrained(short)
-    result = measure_models(read_models([str(saved["gpt2"]), str(short)]), Settings(text=text, seq_len=16))
+    result = measure_models(read_models([str(saved["gpt2"]), str(short)]), GeometrySettings(text=text, seq_len=16))
     tokens = [model["tokens"] for model in result["models"]]
     assert tokens[1] < tokens[0]
     assert "short: --seq-len 16 is beyond its max_position_embeddings; 8 is taken." in result["warnings"]
@@ -119,14 +119,16 @@ def test_models_of_different_tokenizers_read_the_same_documents(saved, text, tmp
     tokenizer = json.loads((letters / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (letters / "tokenizer.json").write_text(json.dumps(tokenizer))
-    result = measure_models(read_models([str(saved["gpt2"]), str(letters)]), Settings(text=text, seq_len=64, tokens=30))
+    result = measure_models(
+        read_models([str(saved["gpt2"]), str(letters)]), GeometrySettings(text=text, seq_len=64, tokens=30)
+    )
     first, second = result["models"]
     assert first["tokens"] <= 30 < second["tokens"] and first["sequences"] == second["sequences"]
     assert any(line.startswith("letters: ") and "their tokenizers differ" in line for line in result["warnings"])
 
 
 def test_an_unfinished_write_leaves_nothing_new(saved, text, tmp_path, monkeypatch):
-    result = measure_models(read_models([str(saved["gpt2"])]), Settings(text=text))
+    result = measure_models(read_models([str(saved["gpt2"])]), GeometrySettings(text=text))
     out = tmp_path / "out"
     write(result, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -160,7 +162,7 @@ def test_a_model_without_a_figure_is_written_too(tmp_path):
 )
 def test_a_setting_out_of_range_is_named(changes, message, text):
     with pytest.raises(UserError, match=message):
-        Settings(text=text, **changes)
+        GeometrySettings(text=text, **changes)
 
 
 BAD_TEXTS = {
@@ -178,28 +180,28 @@ def test_a_bad_text_is_named_with_its_line(name, tmp_path):
     content, message = BAD_TEXTS[name]
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        check(Settings(text=tmp_path / name))
+        check(GeometrySettings(text=tmp_path / name))
 
 
 def test_missing_files_are_named_with_the_nearest(saved, text):
     with pytest.raises(UserError, match="--text .*texts.jsonl is not a file.*Did you mean '.*text.jsonl'"):
-        check(Settings(text=text.with_name("texts.jsonl")))
+        check(GeometrySettings(text=text.with_name("texts.jsonl")))
     text.with_suffix(".gz").write_bytes(b"\x1f\x8b\xff")
     with pytest.raises(UserError, match="text.gz, line 1 or later: "):
-        check(Settings(text=text.with_suffix(".gz")))
+        check(GeometrySettings(text=text.with_suffix(".gz")))
     with pytest.raises(UserError, match="neither a folder nor"):
         read_models([str(saved["gpt2"]) + "x"])
     with pytest.raises(UserError, match="two models are called .*; give names: --model NTP=DIR NITP=DIR"):
         read_models([str(saved["gpt2"])] * 2)
-    with pytest.raises(UserError, match="--out .*text.jsonl/a/b cannot be written: .*text.jsonl is no folder"):
-        check_writable(text / "a/b")
+    with pytest.raises(UserError, match="--out .*text.jsonl/a/b cannot be written: .*text.jsonl: Not a directory"):
+        check_out(text / "a/b")
 
 
 def test_blank_documents_count_and_a_missing_bos_is_warned_of(saved, tmp_path):
     path = tmp_path / "blank.jsonl"
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in (*DOCUMENTS[:3], "", " ")))
     assert list(documents_of(path, "text"))[3:] == ["", " "]
-    settings = Settings(text=path, seq_len=16)
+    settings = GeometrySettings(text=path, seq_len=16)
     result = measure_models(read_models([str(saved["gpt2"])]), settings)
     assert result["models"][0]["sequences"] == 5
     assert not any("do not begin with" in line for line in result["warnings"])
@@ -213,7 +215,7 @@ def test_blank_documents_count_and_a_missing_bos_is_warned_of(saved, tmp_path):
 
 def test_too_few_tokens_for_two_documents_are_refused(saved, text):
     with pytest.raises(UserError, match="--tokens 4: fewer than 2 documents .* 32 are always enough"):
-        measure_models(read_models([str(saved["gpt2"])]), Settings(text=text, tokens=4, seq_len=16))
+        measure_models(read_models([str(saved["gpt2"])]), GeometrySettings(text=text, tokens=4, seq_len=16))
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(saved, text, tmp_path):
@@ -221,7 +223,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(saved, text, tmp_path):
     LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 300})).save_pretrained(small)
     AutoTokenizer.from_pretrained(saved["gpt2"]).save_pretrained(small)
     with pytest.raises(UserError, match="its tokenizer made token [0-9]+, but its embedding has 300 rows"):
-        measure_models(read_models([str(small)]), Settings(text=text))
+        measure_models(read_models([str(small)]), GeometrySettings(text=text))
 
 
 def test_the_script_says_a_mistake_in_one_line_and_writes_nothing(saved, text, tmp_path):

@@ -15,7 +15,7 @@ from nitp_titan.evaluation.pretrained import (
     read_models,
     SPREAD,
 )
-from nitp_titan.evaluation.run import evaluate, Settings
+from nitp_titan.evaluation.run import evaluate, EvaluationSettings
 from nitp_titan.evaluation.scores import ratio, Score
 from nitp_titan.evaluation.store import ResultStore
 
@@ -42,7 +42,7 @@ def test_a_task_that_fails_leaves_the_others(workplace, tmp_path, capsys):
 
     tasks = [Task("bad", {}, fail), Task("good", {}, lambda loaded: {"acc": _score([1.0, 0.0])})]
     models = read_models([f"NTP={workplace}/ntp"])
-    found = evaluate(models, Plan(tasks=tasks), Settings(tmp_path, "float32", "cpu", 1))
+    found = evaluate(models, Plan(tasks=tasks), EvaluationSettings(tmp_path, "float32", "cpu", 1))
     assert found.failures == {("NTP", "bad"): "its data are not there"} and list(found.scores["NTP"]) == ["good"]
     assert "NTP: bad was not run: its data are not there (1 of 2" in capsys.readouterr().out
 
@@ -52,7 +52,7 @@ def test_what_was_finished_is_kept_when_a_run_is_stopped(workplace, tmp_path):
         raise KeyboardInterrupt
 
     tasks = [Task("first", {}, lambda loaded: {"acc": _score([1.0])}), Task("second", {}, stop)]
-    models, settings = read_models([f"NTP={workplace}/ntp"]), Settings(tmp_path, "float32", "cpu", 1)
+    models, settings = read_models([f"NTP={workplace}/ntp"]), EvaluationSettings(tmp_path, "float32", "cpu", 1)
     with pytest.raises(KeyboardInterrupt):
         evaluate(models, Plan(tasks=tasks), settings)
     ran = []

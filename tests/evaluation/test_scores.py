@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from nitp_titan.evaluation import scores
 from nitp_titan.evaluation.plan import Average, Plan, Row
 from nitp_titan.evaluation.pretrained import Model
-from nitp_titan.evaluation.run import Results, Settings
+from nitp_titan.evaluation.run import EvaluationSettings, Results
 from nitp_titan.evaluation.scores import difference, ratio, Score
 from nitp_titan.evaluation.tables import Comparison
 
@@ -64,7 +64,7 @@ def test_pooling_is_the_harness_own():
 
 
 MODELS = [Model("NTP", "a"), Model("NITP", "b")]
-SETTINGS = Settings(Path("out"), "float32", "cpu", 8)
+SETTINGS = EvaluationSettings(Path("out"), "float32", "cpu", 8)
 
 
 def _comparison(plan: Plan, made: dict, failures=()) -> Comparison:

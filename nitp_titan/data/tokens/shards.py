@@ -55,7 +55,7 @@ def load_tokenizer(folder: str) -> BaseTokenizer:
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenJob:
     """A source that is cut into shards, its tokenizer and the folder of its tokens: all that a worker needs."""
 
     data: Dataset | IterableDataset | TextStream

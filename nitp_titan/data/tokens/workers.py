@@ -1,4 +1,4 @@
-"""Processes that write the shards of a `Job`, and their lines of the log."""
+"""Processes that write the shards of a `TokenJob`, and their lines of the log."""
 
 import logging
 import multiprocessing
@@ -10,14 +10,14 @@ from collections.abc import Callable
 from multiprocessing import connection
 
 from nitp_titan.data.tokens.folder import Shard
-from nitp_titan.data.tokens.shards import Job, load_tokenizer
+from nitp_titan.data.tokens.shards import load_tokenizer, TokenJob
 from nitp_titan.errors import UserError
 from nitp_titan.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def write_shards(job: Job, num_workers: int, log: Callable[[str], None]) -> None:
+def write_shards(job: TokenJob, num_workers: int, log: Callable[[str], None]) -> None:
     """Write the shards that are not done yet.
 
     Args:
@@ -76,7 +76,7 @@ def _failure(exitcode: int, errors) -> str:
     return "a worker failed; its message is above, and the same command resumes."
 
 
-def _work(job: Job, pending: list[int], taken, errors) -> None:
+def _work(job: TokenJob, pending: list[int], taken, errors) -> None:
     """Write one shard after the other, each the next that no worker has taken, until none is left."""
     # A key's interrupt reaches all processes; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -112,7 +112,7 @@ def _end_with_parent() -> None:
 class _Progress:
     """Documents and tokens on the disk, and the speed since the start."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: TokenJob):
         self._job = job
         self.done: dict[int, Shard] = {}
         self._look()

@@ -36,8 +36,8 @@ from nitp_titan.data.tokens.folder import (
 )
 from nitp_titan.data.tokens.shards import (
     FlagSource,
-    Job,
     load_tokenizer,
+    TokenJob,
     write_durably,
 )
 from nitp_titan.data.tokens.workers import write_shards
@@ -127,7 +127,9 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_job(source: TextSource, tokenizer: str, folder: Path, settings: dict[str, Any], num_shards: int | None) -> Job:
+def open_job(
+    source: TextSource, tokenizer: str, folder: Path, settings: dict[str, Any], num_shards: int | None
+) -> TokenJob:
     """Open a source for a folder, which holds what the same command has done before, or nothing.
 
     Raises:
@@ -141,7 +143,7 @@ def open_job(source: TextSource, tokenizer: str, folder: Path, settings: dict[st
     data = open_source(entry)
     num_shards = _num_shards(data, entry, num_shards)
     write_durably(noted, json.dumps(settings | {"num_shards": num_shards}, indent=2))
-    return Job(data, entry, tokenizer, load_tokenizer(tokenizer).get_vocab_size(), folder, num_shards)
+    return TokenJob(data, entry, tokenizer, load_tokenizer(tokenizer).get_vocab_size(), folder, num_shards)
 
 
 def _num_shards(data: Dataset | IterableDataset | TextStream, entry: ConfiguredSource, wanted: int | None) -> int:
