@@ -78,7 +78,7 @@ class ScoreDifference:
 
 
 def difference(score: Score, baseline: Score) -> ScoreDifference | None:
-    """ScoreDifference of two scores; None if their units differ."""
+    """Difference of two scores; None if their units differ."""
     if score.scale != baseline.scale:
         return None
     value = score.value - baseline.value
