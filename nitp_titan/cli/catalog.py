@@ -147,7 +147,7 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The figures of `dry_run.check` for one pair as text."""
+    """The figures of `meta_check.check` for one pair as text."""
     head = f"{result['recipe']} on {result['train_config']}"
     effort = f"({result['seconds']:.1f} s, {result['memory_gib']:.1f} GiB)"
     if "error" in result:
