@@ -14,6 +14,7 @@ from processes import PROJECT
 
 import nitp_titan
 from nitp_titan.config import recipe
+from nitp_titan.export import card
 from nitp_titan.runs import provenance
 from nitp_titan.step_files import read_records
 
@@ -96,3 +97,12 @@ def test_there_is_one_version(wheel):
     assert yaml.safe_load((PROJECT / "CITATION.cff").read_text())["version"] == nitp_titan.__version__
     project = tomli.loads((PROJECT / "pyproject.toml").read_text())["project"]
     assert "version" not in project and project["dynamic"] == ["version"]
+
+
+def test_the_paper_is_cited_alike_in_the_project_and_in_exported_models():
+    (paper,) = yaml.safe_load((PROJECT / "CITATION.cff").read_text())["references"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    title, year = paper["title"], paper["year"]
+    cited = card.CITATION.replace("{{NITP}", "{NITP").replace("{LLM}", "LLM")
+    for text in (authors, title, str(year), paper["collection-title"], paper["notes"]):
+        assert text in cited

@@ -9,7 +9,6 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-import tomli
 from processes import free_port, PROJECT, warm_python
 from readme import blocks, Command, commands, DOCUMENTS, every_command, run_elsewhere
 
@@ -19,15 +18,16 @@ from nitp_titan.step_files import read_records
 from nitp_titan.training.trainer import load_config
 
 WITH_COMMANDS = sorted({command.document for command in every_command()})
-# What makes a command of hours one of seconds; given last, so that it counts.
+# Settings that make a command of hours one of seconds.
+_FEW = ["--validator.no-enable", "--geometry.no-enable"]
 SMALL = {
     "scripts/quickstart.py": ["--steps", "3"],
-    "scripts/evaluate.py": ["--limit", "4"],
     "scripts/geometry.py": ["--tokens", "2000"],
     "scripts/overhead": ["--only", "measured", "--recipe", "debug/nitp_debug", "--rounds", "3", "--warmup", "1"],
     "tests/distributed/table.py": ["--check"],
-    "nitp_titan.train": ["--training.steps", "5", "--validator.steps", "1"],
-    "pytest": ["--collect-only", "-q", "-p", "no:cacheprovider"],
+    "nitp_titan.train": ["--training.steps", "4", *_FEW],
+    "torchtitan.train": ["--training.steps", "1", *_FEW],
+    "pytest": ["--collect-only", "-p", "no:cacheprovider"],
 }
 
 
@@ -62,21 +62,24 @@ def project(assets, tmp_path_factory):
 def arguments_of_python(words: list[str], project) -> list[str]:
     """What a documented command lets Python do."""
     if words[0] == "torchrun":
-        assert words[1:3] == ["--nproc_per_node", "1"], "several ranks: tests/distributed"
+        assert words[1:3] == ["--nproc_per_node", "1"], "several ranks are those of tests/distributed"
         return words[3:]
     if words[0].endswith(".sh"):
         done = subprocess.run(["bash", *words], cwd=project, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        arguments = done.stdout.splitlines()
-        # In one process.
-        return [*arguments[:2], *arguments[arguments.index("--no-loadscope-reorder") + 1 :]] if "pytest" in arguments else arguments
+        return done.stdout.splitlines()
     assert words[0] == "python", f"no test knows how to run {words[0]}: it runs, or its comment says what it needs"
     return words[1:]
 
 
 def made_small(arguments: list[str]) -> list[str]:
     program = arguments[1] if arguments[0] == "-m" else arguments[0]
-    return [*arguments, *SMALL.get(program, [])]
+    small = SMALL.get(program, [])
+    given = [index for index, word in enumerate(arguments) if word.startswith("--") and word in small]
+    kept = [word for index, word in enumerate(arguments) if not {index, index - 1} & set(given)]
+    # Of the whole suite a file will do.
+    whole = program == "pytest" and not any(word.startswith("tests/") for word in arguments)
+    return [*kept, *small, *(["tests/test_errors.py"] if whole else [])]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,9 @@ def run(project):
             name, _, value = words.pop(0).partition("=")
             variables[name] = value
         if words[0] == "source":
-            return subprocess.run(["bash", "-c", f"{command} && type python"], cwd=project, capture_output=True, text=True)
+            return subprocess.run(
+                ["bash", "-c", f"{command} && type python"], cwd=project, capture_output=True, text=True
+            )
         arguments = tuple(made_small(arguments_of_python(words, project)))
         if arguments not in done:
             done[arguments] = warm_python(*arguments, env=os.environ | variables, cwd=project)
@@ -145,11 +150,7 @@ def test_a_command_that_no_test_can_run_names_what_there_is(command):
     for word in words:
         assert not word.startswith(("scripts/", "./scripts/", "tests/")) or (PROJECT / word).exists(), word
     if "--recipe" in values:
-        name = f"{values['--recipe']}@{values['--train-config']}"
-    else:
-        name = values.get("--config")
-    if name:
-        recipe.read_settings(*recipe.locate(name))
+        recipe.read_settings(*recipe.locate(f"{values['--recipe']}@{values['--train-config']}"))
     for module in [values["-m"]] if "-m" in values and "torchrun" in words else []:
         assert find_spec(module), module
 
@@ -194,3 +195,35 @@ def test_every_file_of_the_project_that_is_named_is_there(path):
     # Other files are those that a run writes.
     names = re.findall(r"`([\w.-]+(?:/[\w.-]+)*\.(?:py|sh|slurm)|[\w.-]+(?:/[\w.-]+)+/)`", _text(path))
     assert [name for name in names if not any((folder / name).exists() for folder in folders)] == []
+
+
+def test_the_readme_is_short_and_counts_its_recipes():
+    text = _text(PROJECT / "README.md")
+    assert len(text.splitlines()) <= 150
+    assert f"all {len(recipe.available('recipes'))} recipes" in text
+
+
+def test_every_script_and_every_train_config_has_a_row():
+    rows = _text(PROJECT / "scripts/README.md").partition("\n\n## ")[0]
+    # Imported or sourced by others.
+    inner = {"_checkout.py", "setup_venv.sh", "quickstart.py", "README.md", "__pycache__"}
+    assert [
+        path.name for path in (PROJECT / "scripts").iterdir() if path.name not in inner and path.name not in rows
+    ] == []
+    table = re.findall(r"^\| `(\w+)` \| (\d+) \|", _text(PROJECT / "train_configs/README.md"), re.MULTILINE)
+    assert sorted(name for name, _ in table) == recipe.available("train_configs")
+    for name, ranks in table:
+        assert recipe.read_toml(PROJECT / f"train_configs/{name}.toml")["machine"]["num_ranks"] == int(ranks)
+
+
+def test_a_mistake_reads_as_the_readmes_show_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    good = _text(PROJECT / "recipes/debug/ntp_debug.toml")
+    for document in ("README.md", "train_configs/README.md"):
+        (shown,) = blocks(_text(PROJECT / document), "text")
+        for line, added in zip(shown.splitlines(), ("stepz = 3", "local_batch_size = 3"), strict=True):
+            (tmp_path / "recipes/my.toml").write_text(good.replace("[training]\n", f"[training]\n{added}\n"))
+            with pytest.raises(UserError) as mistake:
+                load_config(recipe.find("recipes/my.toml", "recipes"), recipe.find("cpu", "train_configs"))
+            assert f"error: {mistake.value}".startswith(line.removesuffix("..."))
