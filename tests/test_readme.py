@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import tomli
 from processes import free_port, PROJECT, warm_python
 from readme import blocks, Command, commands, DOCUMENTS, every_command, run_elsewhere
 
@@ -94,9 +95,8 @@ def run(project):
             name, _, value = words.pop(0).partition("=")
             variables[name] = value
         if words[0] == "source":
-            return subprocess.run(
-                ["bash", "-c", f"{command} && type python"], cwd=project, capture_output=True, text=True
-            )
+            code = f"{command} && [[ $(command -v python) == $PWD/.venv/bin/python ]]"
+            return subprocess.run(["bash", "-c", code], cwd=project, capture_output=True, text=True)
         arguments = tuple(made_small(arguments_of_python(words, project)))
         if arguments not in done:
             done[arguments] = warm_python(*arguments, env=os.environ | variables, cwd=project)
@@ -207,9 +207,8 @@ def test_every_script_and_every_train_config_has_a_row():
     rows = _text(PROJECT / "scripts/README.md").partition("\n\n## ")[0]
     # Imported or sourced by others.
     inner = {"_checkout.py", "setup_venv.sh", "quickstart.py", "README.md", "__pycache__"}
-    assert [
-        path.name for path in (PROJECT / "scripts").iterdir() if path.name not in inner and path.name not in rows
-    ] == []
+    names = {path.name for path in (PROJECT / "scripts").iterdir()} - inner
+    assert [name for name in names if name not in rows] == []
     table = re.findall(r"^\| `(\w+)` \| (\d+) \|", _text(PROJECT / "train_configs/README.md"), re.MULTILINE)
     assert sorted(name for name, _ in table) == recipe.available("train_configs")
     for name, ranks in table:
@@ -227,3 +226,18 @@ def test_a_mistake_reads_as_the_readmes_show_it(tmp_path, monkeypatch):
             with pytest.raises(UserError) as mistake:
                 load_config(recipe.find("recipes/my.toml", "recipes"), recipe.find("cpu", "train_configs"))
             assert f"error: {mistake.value}".startswith(line.removesuffix("..."))
+
+
+def test_a_nitp_recipe_is_as_short_as_the_readme_shows_it():
+    (shown,) = blocks(_text(PROJECT / "README.md"), "toml")
+    assert tomli.loads(shown) == recipe.read_toml(PROJECT / "recipes/dense/nitp_0.5b.toml")
+
+
+@pytest.mark.parametrize("block", blocks(_text(PROJECT / "train_configs/README.md"), "toml"))
+def test_tables_of_data_are_what_a_train_config_takes(block, tmp_path):
+    head, _, rest = _text(PROJECT / "train_configs/cpu.toml").partition("[dataloader]")
+    others = rest[rest.index("\n[") :]
+    (tmp_path / "mine.toml").write_text(head + block + others)
+    config = load_config(recipe.find("debug/ntp_debug", "recipes"), tmp_path / "mine.toml")
+    for key, value in tomli.loads(block)["dataloader"].items():
+        assert key == "sources" or getattr(config.dataloader, key) == value
