@@ -7,6 +7,9 @@ import os
 import sys
 from importlib.util import find_spec
 
+# Read by pyproject.toml, as text.
+__version__ = "0.1.0"
+
 # Otherwise both would be tracebacks of a missing module.
 if sys.platform != "linux":
     raise SystemExit(f"error: nitp-titan runs on Linux only (fcntl, sched_getaffinity, /proc); this is {sys.platform}.")

@@ -13,9 +13,6 @@ import time
 import pytest
 from processes import PROJECT
 
-from nitp_titan.config import recipe
-from nitp_titan.errors import UserError
-
 SCRIPTS = sorted(path.name for path in (PROJECT / "scripts").glob("[a-z]*.py"))
 
 
@@ -69,15 +66,6 @@ def test_a_list_of_recipes_survives_a_reader_that_has_enough():
     # Before it writes.
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
-
-
-def test_without_its_recipes_the_package_says_how_to_get_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(recipe, "PROJECT", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    for look in (lambda: recipe.find("debug/nitp_debug", "recipes"), lambda: recipe.available("train_configs")):
-        with pytest.raises(UserError, match=r"without its project.*pip install --editable \."):
-            look()
-    assert recipe.find("mine.toml", "recipes").name == "mine.toml"
 
 
 def test_ctrl_c_in_the_quickstart_lets_its_run_save_and_says_how_to_go_on(assets, tmp_path):

@@ -208,27 +208,6 @@ def test_of_many_ranks_one_says_what_is_wrong(torchrun):
     assert len(lines) == 1 and "moon.toml does not exist" in lines[0]
 
 
-def test_the_quickstart_writes_both_runs_and_the_report_and_a_second_time_is_fast(assets, tmp_path):
-    command = [sys.executable, "scripts/quickstart.py", "--steps", "3", "--out", str(tmp_path)]
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    for variant in ("ntp", "nitp"):
-        assert read_records(tmp_path / variant / "metrics.jsonl")[-1]["tokens"] > 0
-        assert (tmp_path / variant / "resolved.toml").exists() and (
-            tmp_path / variant / "checkpoint/step-3/.metadata"
-        ).exists()
-    assert (tmp_path / "report/index.html").exists() and (tmp_path / "report/overview.png").exists()
-    assert "| nitp | " in first.stdout and "report/index.html" in first.stdout and "nitp: step 1/3" in first.stdout
-    # A newcomer is outside of the environment, which every other command needs.
-    after = first.stdout[first.stdout.index("\nnext ") :].split("\n")
-    assert "source .venv/bin/activate" in after[1] and f"--checkpoint {tmp_path}/nitp --out" in after[4]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (
-        second.returncode == 0 and "ntp: already trained" in second.stdout and "nitp: already trained" in second.stdout
-    )
-    assert "| nitp | " in second.stdout
-
-
 def test_the_quickstart_deletes_no_folder_that_it_did_not_make(assets, tmp_path):
     (tmp_path / "ntp").mkdir()
     (tmp_path / "ntp/mine.txt").write_text("mine")

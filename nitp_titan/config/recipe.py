@@ -16,7 +16,9 @@ import tomli
 from nitp_titan.config.tables import entries
 from nitp_titan.errors import nearest_choice, short_repr, UserError
 
-PROJECT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+# `pip install .` puts recipes/ and train_configs/ into the package; in a checkout they lie beside it (setup.py).
+PROJECT = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
 _MAX_BYTES = 1_000_000
 
 # What is trained. Every other key says where and how, and belongs to a train config.
@@ -252,18 +254,7 @@ def find(name: str, folder: str) -> Path:
         # A link that leads nowhere is there: the project's file would not be the one that is meant.
         return path if os.path.lexists(path) or not (PROJECT / path).exists() else PROJECT / path
     relative = Path(folder) / f"{name}.toml"
-    if relative.exists():
-        return relative
-    _check_folder(folder)
-    return PROJECT / relative
-
-
-def _check_folder(folder: str) -> None:
-    if not (PROJECT / folder).is_dir():
-        raise UserError(
-            f"{PROJECT} has no folder {folder}: nitp-titan was installed without its project, which holds them. "
-            "Install it with `pip install --editable .`, start in the project's folder, or name a .toml file."
-        )
+    return relative if relative.exists() else PROJECT / relative
 
 
 def locate(name: str) -> tuple[Path, Path | None]:
@@ -280,7 +271,6 @@ def locate(name: str) -> tuple[Path, Path | None]:
 
 def available(folder: str) -> list[str]:
     """Short names of the project's recipes or train configs."""
-    _check_folder(folder)
     root = PROJECT / folder
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.toml"))
 

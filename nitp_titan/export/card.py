@@ -9,7 +9,7 @@ from nitp_titan import markdown
 from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.step_files import read_records
 
-_CITATION = """\
+CITATION = """\
 @inproceedings{nitp2026,
   title     = {{NITP}: Next Implicit Token Prediction for {LLM} Pre-training},
   author    = {Zhang, Xiangdong and Zhang, Debing and Zhang, Shaofeng and Qin, Xiaohan and Cheng, Yu and Yan, Junchi},
@@ -66,7 +66,7 @@ def model_card(checkpoint: Checkpoint, config, architecture: str) -> str:
             "## Citation",
             "",
             "```bibtex",
-            _CITATION,
+            CITATION,
             "```",
             "",
         ]

@@ -9,10 +9,11 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from nitp_titan import __version__
 from nitp_titan.config import recipe
 from nitp_titan.machine.credentials import redact
 
-_PACKAGES = ("torch", "torchtitan", "torchao", "torchdata", "datasets", "tokenizers", "nitp-titan")
+_PACKAGES = ("torch", "torchtitan", "torchao", "torchdata", "datasets", "tokenizers")
 _GIT_TIMEOUT = 5  # seconds
 
 
@@ -24,7 +25,7 @@ def command() -> list[str]:
 @cache
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide what is computed; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), "nitp-titan": __version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

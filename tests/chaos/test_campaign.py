@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from readme import documented
 
 from chaos.campaign import Campaign, CampaignSettings
 from chaos.trials import (
@@ -77,7 +78,8 @@ def test_an_interrupted_campaign_leaves_no_process_behind(tmp_path, number):
                 found += [path.parent.name] if f"{out}/reference/run".encode() in path.read_bytes() else []
         return found
 
-    with subprocess.Popen([sys.executable, "tests/chaos", "--out", str(out)], stderr=subprocess.PIPE) as campaign:
+    command = [sys.executable, *documented("tests/chaos"), "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as campaign:
         limit = time.monotonic() + 60
         while not trainings() and campaign.poll() is None and time.monotonic() < limit:
             time.sleep(0.02)

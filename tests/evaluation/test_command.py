@@ -1,5 +1,6 @@
 """The command, once, with the real harness, and what it says of mistakes."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from hf_models import load, log_probs, nats_by_document
-from processes import warm_python
+from processes import PROJECT, warm_python
+from readme import documented
 from torch.testing import assert_close
 
 from nitp_titan.errors import UserError
@@ -27,13 +29,17 @@ IMPORTS = ("transformers", "lm_eval", "lm_eval.models.huggingface")
 
 
 def _command(folder: Path, *, warm: bool = True) -> subprocess.CompletedProcess:
-    command = ["scripts/evaluate.py", "--model", f"NTP={folder}/ntp", f"NITP={folder}/nitp"]
-    command += ["--suite", "local", "--local-suite", f"{folder}/suite", "--limit", str(LIMIT), "--out", f"{folder}/out"]
-    command += ["--text", f"{folder}/text.jsonl", "--seq-len", "128"]
+    script, *arguments = documented("scripts/evaluate.py")
+    # Where the command looks for its models; its other paths are given anew.
+    (folder / "outputs").mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (folder / "outputs/hf").symlink_to(folder)
+    command = [str(PROJECT / script), *arguments, "--local-suite", f"{folder}/suite", "--limit", str(LIMIT)]
+    command += ["--out", f"{folder}/out", "--text", f"{folder}/text.jsonl", "--seq-len", "128"]
     environment = os.environ | ONE_THREAD
     if warm:
-        return warm_python(*command, env=environment, preload=IMPORTS)
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+        return warm_python(*command, env=environment, preload=IMPORTS, cwd=folder)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=folder)
 
 
 @pytest.fixture(scope="module")

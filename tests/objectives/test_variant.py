@@ -154,15 +154,14 @@ def test_a_loss_that_cannot_be_had_is_one_line(tmp_path, name, message):
 EXAMPLE = PROJECT / "tests/my_variant"
 
 
-def test_a_package_outside_of_this_one_trains_from_a_folder_of_its_own(torchrun, tmp_path):
+def test_a_package_outside_of_this_one_trains_from_a_folder_of_its_own(assets, tmp_path):
     """The example of nitp_titan/README.md."""
     files = [path.relative_to(EXAMPLE.parent) for path in (*EXAMPLE.glob("*.py"), *EXAMPLE.glob("recipes/*.toml"))]
     shutil.copytree(EXAMPLE, tmp_path / "my_variant", ignore=shutil.ignore_patterns("__pycache__"))
     losses = {}
     for variant in ("ntp", "nitp"):
         run = tmp_path / "runs" / variant
-        # The command of the README, then as one that has the same imports.
-        done = (torchrun if variant == "ntp" else warm_ranks)(
+        done = warm_ranks(
             1,
             "-m",
             "nitp_titan.train",
