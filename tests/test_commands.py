@@ -68,7 +68,7 @@ def test_a_list_of_recipes_survives_a_reader_that_has_enough():
     assert process.stderr.read() == "" and process.wait() == 141
 
 
-def test_ctrl_c_in_the_quickstart_lets_its_run_save_and_says_how_to_go_on(assets, tmp_path):
+def test_ctrl_c_in_the_quickstart_lets_its_run_save_and_says_how_to_resume(assets, tmp_path):
     command = [sys.executable, "scripts/quickstart.py", "--steps", "200", "--out", str(tmp_path)]
     one_rank = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {key: value for key, value in os.environ.items() if key not in one_rank}

@@ -34,7 +34,7 @@ class Entry:
 def header(path: Path) -> dict[str, str]:
     """The labelled lines of a recipe's head comment: Source, Run, Cost and Expect.
 
-    A line that goes on is indented; a backslash at its end is dropped.
+    A continued line is indented; a backslash at its end is dropped.
     """
     found: dict[str, str] = {}
     label = None

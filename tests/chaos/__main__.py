@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=defaults.interval, help="steps between checkpoints; default: 3")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative; default: 0, bit for bit")
     parser.add_argument("--out", type=Path, default=Path("outputs/chaos"), help="new folder (default: outputs/chaos)")
-    parser.add_argument("--json", action="store_true", help="print JSON; what goes on meanwhile goes to stderr")
+    parser.add_argument("--json", action="store_true", help="print JSON; progress goes to stderr")
     arguments = parser.parse_args()
     if arguments.trials < 1:
         raise UserError(f"--trials {arguments.trials}: it must be at least 1.")

@@ -66,7 +66,7 @@ class KilledRun:
                 trial.problems.append(f"start {trial.starts} did not end within {LONGEST_START_SECONDS} s")
             watch.look()
         if kill is not None and kill.seconds is not None:
-            # What outlives its launcher goes on; of all others nothing moves any more.
+            # A process that outlives its launcher still runs; all others have ended.
             kill.hit = kill.hit or (kill.victim != "launcher" and not MOMENTS[kill.moment].closes(watch, kill.step))
         elif tree.exit_status != 0:
             trial.problems.append(f"start {trial.starts} ended with status {tree.exit_status}: {watch.error()}")

@@ -70,7 +70,7 @@ def _compare_records(reference: Path, path: Path, tolerance: float, found: Compa
     times = Counter(record["step"] for record in records)
     steps = [record["step"] for record in expected]
     found.problems += [f"{path.name}: step {step} is missing" for step in steps if step not in times]
-    found.problems += [f"{path.name}: step {step} stands there {n} times" for step, n in times.items() if n > 1]
+    found.problems += [f"{path.name}: step {step} appears {n} times" for step, n in times.items() if n > 1]
     found.problems += [f"{path.name}: there is no step {step} in the reference" for step in times if step not in steps]
     by_step = {record["step"]: record for record in records}
     if [record["step"] for record in records] != sorted(record["step"] for record in records):

@@ -81,7 +81,7 @@ def _together(tmp_path, kills: list[tuple[str, str]]) -> list[Trial]:
         return list(pool.map(lambda folder, kill: _killed(folder, kill[1], fault=kill[0]), folders, kills))
 
 
-def test_each_moment_is_hit_and_the_next_start_goes_on(tmp_path):
+def test_each_moment_is_hit_and_the_next_start_resumes(tmp_path):
     names = [name for name in MOMENTS if name != "during export"]
     for moment, trial in zip(names, _together(tmp_path, [("none", name) for name in names])):
         assert trial.problems == [] and trial.survived and trial.hit and trial.starts == 2, str(trial)

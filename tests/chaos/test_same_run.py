@@ -75,7 +75,7 @@ def _cut_the_last_line(run: Path) -> None:
     "damage, problem",
     [
         (lambda run: _write_records(run, *map(_record, (1, 2, 4))), "metrics.jsonl: step 3 is missing"),
-        (lambda run: _write_records(run, *map(_record, (1, 2, 3, 3, 4))), "metrics.jsonl: step 3 stands there 2 times"),
+        (lambda run: _write_records(run, *map(_record, (1, 2, 3, 3, 4))), "metrics.jsonl: step 3 appears 2 times"),
         (lambda run: _write_records(run, *map(_record, (1, 2, 3, 4, 5))), "there is no step 5 in the reference"),
         (lambda run: _write_records(run, *map(_record, (1, 3, 2, 4))), "metrics.jsonl: its steps are out of order"),
         (

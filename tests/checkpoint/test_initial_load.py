@@ -122,7 +122,7 @@ def test_an_nitp_checkpoint_continues_as_ntp(tmp_path, assets, caplog):
     trainer.close()
 
 
-def test_a_run_with_checkpoints_of_its_own_goes_on_from_these(ntp, tmp_path):
+def test_a_run_with_checkpoints_of_its_own_resumes_from_these(ntp, tmp_path):
     folder, _ = ntp
     shutil.copytree(folder, tmp_path / "start")
     first = _start(tmp_path / "run", tmp_path / "start")
@@ -298,7 +298,7 @@ def test_states_that_were_not_saved_cannot_be_asked_for(tmp_path, assets, ntp):
 
 
 @pytest.mark.parametrize("name", ["step-best", "latest", "a link"])
-def test_a_renamed_or_linked_checkpoint_is_gone_on_with(ntp, tmp_path, name):
+def test_a_renamed_or_linked_checkpoint_is_resumed_from(ntp, tmp_path, name):
     shutil.copytree(ntp[0], tmp_path / "ntp")
     steps = tmp_path / "ntp/checkpoint"
     if name == "step-best":

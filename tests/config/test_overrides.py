@@ -19,7 +19,7 @@ def run(assets, tmp_path_factory):
     return folder, saved_run(folder, **GATED)
 
 
-def test_a_run_goes_on_from_its_checkpoint(run):
+def test_a_run_resumes_from_its_checkpoint(run):
     folder, before = run
     config = make_config(folder, **GATED, training={"steps": 4}, resume=True)
     resumed = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, enable=True)).build()

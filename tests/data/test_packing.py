@@ -84,7 +84,7 @@ def _streams(state):
 
 @pytest.mark.parametrize("num_streams", [1, 4])
 @pytest.mark.parametrize(("streaming", "num_files"), [(None, 1), (True, 4)])
-def test_a_run_goes_on_on_other_ranks_without_a_lost_or_repeated_sequence(tmp_path, num_streams, streaming, num_files):
+def test_a_run_resumes_on_other_ranks_without_a_lost_or_repeated_sequence(tmp_path, num_streams, streaming, num_files):
     config = {"sources": _sources(tmp_path, streaming, num_files), "num_streams": num_streams}
     whole = _World(1, **config)
     expected = [whole.step() for _ in range(18)]
@@ -99,7 +99,7 @@ def test_a_run_goes_on_on_other_ranks_without_a_lost_or_repeated_sequence(tmp_pa
 
 
 @pytest.mark.parametrize(("streaming", "num_files"), [(None, 1), (True, 5), (True, 70)])
-def test_a_recipe_has_one_order_with_every_train_config_and_goes_on_with_any(tmp_path, streaming, num_files):
+def test_a_recipe_has_one_order_with_every_train_config_and_resumes_with_any(tmp_path, streaming, num_files):
     recipe, ranks = "moe/ntp_3b_a0.5b", {"h100x8": 8, "h100x64_ep": 64}
     streams = {name: config_registry.load(f"{recipe}@{name}").dataloader.num_streams for name in ranks}
     assert streams == {"h100x8": 64, "h100x64_ep": 64}
@@ -143,7 +143,7 @@ def test_what_is_added_at_the_end_changes_nothing_before_it(tmp_path, streaming,
     assert len(set(old)) == sum(before) and old == new
 
 
-def test_a_later_epoch_goes_on_though_the_text_grew_and_another_document_stands_there(tmp_path):
+def test_a_later_epoch_continues_though_the_text_grew_and_another_document_is_there(tmp_path):
     """A later epoch is shuffled over all documents: a long one was cut, and a short one takes its place."""
     path = tmp_path / "text.jsonl"
     text = _documents("a", 1)[0]["text"]
@@ -301,7 +301,7 @@ def test_a_document_is_as_long_as_it_likes(tmp_path):
 
 @pytest.mark.parametrize("streaming", [None, True])
 @pytest.mark.parametrize("num_streams", [1, 4])
-def test_finite_data_in_streams_goes_on_on_other_ranks_to_its_end(tmp_path, streaming, num_streams):
+def test_finite_data_in_streams_resumes_on_other_ranks_to_its_end(tmp_path, streaming, num_streams):
     """Some streams of a mixture end long before others; every label is there once."""
     config = {"sources": _sources(tmp_path, streaming, count=17), "num_streams": num_streams, "infinite": False}
     config |= {"batch": 2}

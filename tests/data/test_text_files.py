@@ -374,7 +374,7 @@ def _texts(stream):
 
 
 @pytest.mark.parametrize("name", ["lines", "gzip", "plain", "rows"])
-def test_a_stream_goes_on_after_any_document_in_any_format(tmp_path, name):
+def test_a_stream_resumes_after_any_document_in_any_format(tmp_path, name):
     texts = [f"document {number}\nits second line" + "ü" * number for number in range(14)]
     stream = _stream(_formats(tmp_path, texts)[name])
     if name == "plain":

@@ -122,7 +122,7 @@ def test_tokens_give_the_sequences_of_their_text_in_every_epoch(tokenizer, sourc
 
 
 @pytest.mark.parametrize("num_streams", [1, 3])
-def test_shuffled_tokens_go_on_on_other_ranks_without_a_lost_or_repeated_sequence(tokenizer, sources, num_streams):
+def test_shuffled_tokens_resume_on_other_ranks_without_a_lost_or_repeated_sequence(tokenizer, sources, num_streams):
     config = {"num_streams": num_streams, "shuffle": True, "sources": [*sources[1]]}
     expected, _ = _steps(tokenizer, 48, **config)
     for path in ((1, 3, 2, 1), (2, 6, 3, 2)):
@@ -133,7 +133,7 @@ def test_shuffled_tokens_go_on_on_other_ranks_without_a_lost_or_repeated_sequenc
         assert steps == expected, path
 
 
-def test_a_run_on_text_goes_on_with_tokens(tokenizer, sources):
+def test_a_run_on_text_resumes_with_tokens(tokenizer, sources):
     (text, *_), (tokens, *_) = sources
     expected, _ = _steps(tokenizer, 30, sources=[text])
     first, state = _steps(tokenizer, 11, sources=[text])
@@ -316,7 +316,7 @@ def test_the_command_says_what_it_wrote_and_then_that_it_is_there(written, corpu
     assert _script(*_flags(corpus, out), "--verify") == (0, f"already there: {what}, verified\n")
 
 
-def test_a_killed_command_goes_on_to_the_same_folder(corpus, written, tmp_path):
+def test_a_killed_command_resumes_to_the_same_folder(corpus, written, tmp_path):
     out = tmp_path / "tokens"
     command = subprocess.Popen([sys.executable, "scripts/tokenize_data.py", *_flags(corpus, out), "--workers", "2"])
     while len(list(out.glob("unfinished/shard_*.json"))) < 3:
@@ -358,7 +358,7 @@ def test_ctrl_c_ends_the_command_and_its_workers_in_one_line(corpus, tmp_path):
     assert list(out.glob("unfinished/shard_*.json")) and not (out / "manifest.json").exists()
 
 
-def test_a_text_that_was_edited_meanwhile_is_not_gone_on_with(texts, assets, tmp_path):
+def test_a_text_that_was_edited_meanwhile_is_not_resumed(texts, assets, tmp_path):
     path, out = tmp_path / "text.jsonl", tmp_path / "tokens"
     text = TextSource(dataset_path=_write(path, ["one", "two", *texts]))
     # As after a kill: nothing is written yet but the settings.

@@ -4,7 +4,7 @@
 
 RUNS.json lists the parts of runs in order: ``name`` of the run, ``model``, ``steps`` up to which it trains,
 (0: only a seed checkpoint is made), ``layout`` (degrees, or null for rank 0 alone) and the free ``port`` of its process
-group. A run goes on in its own folder. Rank r appends ``[step, hash]`` of every sequence that it reads to
+group. A run resumes in its own folder. Rank r appends ``[step, hash]`` of every sequence that it reads to
 ``<name>/sequences.<r>.jsonl``.
 """
 

@@ -1,4 +1,4 @@
-"""A run goes on under another layout: the same data in every step, and the losses of one rank."""
+"""A run resumes under another layout: the same data in every step, and the losses of one rank."""
 
 import json
 from collections import Counter

@@ -80,7 +80,7 @@ def _more_files(corpus):
 
 
 @pytest.mark.parametrize("grow", [_grown, _more_files])
-def test_data_that_grew_at_their_end_go_on_with_resume_which_says_from_where_the_order_changes(corpus, run, grow):
+def test_data_that_grew_at_their_end_are_allowed_with_resume_which_says_from_where_the_order_changes(corpus, run, grow):
     grow(corpus)
     said = (
         f"[dataloader] '{corpus}/text' grew at its end: the order of documents changes from document 80 (counted from "
@@ -158,7 +158,7 @@ def test_streaming_is_part_of_a_run_because_it_changes_the_order(corpus, run):
 
 
 @pytest.mark.parametrize(("num_streams", "fits"), [(1, True), (2, True), (3, False), (4, False), (5, True), (6, False)])
-def test_streamed_data_that_grew_go_on_unless_files_are_dealt_in_another_way(corpus, num_streams, fits):
+def test_streamed_data_that_grew_resume_unless_files_are_dealt_in_another_way(corpus, num_streams, fits):
     config = _config(corpus, streaming=True)
     before = data_facts(config)
     _more_files(corpus)
@@ -218,7 +218,7 @@ def test_another_number_of_sources_does_not_fit_the_state_of_the_data(corpus, ru
         plan_resume(_config(corpus, sources=sources, flags=RESUME))
 
 
-def test_other_validation_data_go_on_with_resume(corpus, run):
+def test_other_validation_data_are_allowed_with_resume(corpus, run):
     (corpus / "validation.jsonl").write_text(_lines(range(4)))
     with pytest.raises(UserError, match=r"\[validator.dataloader\] .*validation.jsonl has .* or resume all the same"):
         plan_resume(_config(corpus))

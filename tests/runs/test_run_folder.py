@@ -1,4 +1,4 @@
-"""A run folder holds one run: the same run goes on, another one is refused, nothing is lost."""
+"""A run folder holds one run: the same run resumes, another one is refused, nothing is lost."""
 
 import dataclasses
 import hashlib
@@ -60,7 +60,7 @@ def test_a_folder_without_a_run_may_hold_anything(config, tmp_path):
     assert plan_resume(config(resume=True)).message == "--resume: there is no run yet, a new one starts"
 
 
-def test_the_same_run_goes_on_with_another_layout_and_other_intervals(config, run):
+def test_the_same_run_resumes_with_another_layout_and_other_intervals(config, run):
     before = _files(run)
     start = plan_resume(
         config(
@@ -108,7 +108,7 @@ def test_a_learning_rate_is_named_as_the_recipe_names_it(config, run):
         plan_resume(dataclasses.replace(other, optimizer=optimizer))
 
 
-def test_resume_goes_on_with_changed_settings_from_a_checkpoint_only(config, run):
+def test_resume_resumes_with_changed_settings_from_a_checkpoint_only(config, run):
     start = plan_resume(config(training={"steps": 200}, resume=True))
     assert start.from_step == 20
     assert start.message == f"{run}: the run resumes from step 20 with [training] steps: 100 -> 200"
@@ -301,7 +301,7 @@ def _steps(folder):
     return sorted(path.name for path in folder.glob("step-*"))
 
 
-def test_an_earlier_step_is_gone_on_with_and_later_ones_are_set_aside(config, run, caplog):
+def test_an_earlier_step_is_resumed_from_and_later_ones_are_set_aside(config, run, caplog):
     for name, lines in {"metrics": [1, 3, 10, 20], "validation_geometry": [3, 20], "skipped": [2]}.items():
         (run / f"{name}.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in lines))
     before = _files(run)
@@ -350,7 +350,7 @@ def test_a_kill_while_later_steps_are_set_aside_loses_nothing(config, run, monke
     assert plan_resume(config()).from_step == 3
 
 
-def test_a_restarted_job_goes_on_with_the_way_that_it_has_taken(config, run, monkeypatch):
+def test_a_restarted_job_resumes_with_the_way_that_it_has_taken(config, run, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     other_way = config(checkpoint={"enable": True, "load_step": 3})
     start = plan_resume(other_way)

@@ -276,7 +276,7 @@ def test_a_skipped_step_leaves_out_its_update_and_nothing_else(assets, tmp_path,
     assert [record.message for record in caplog.records].count(skipped["reason"]) == 1
 
 
-def test_a_checkpoint_after_skipped_steps_alone_is_gone_on_from(assets, tmp_path):
+def test_a_checkpoint_after_skipped_steps_alone_is_resumed_from(assets, tmp_path):
     """The optimizer has made no step then, and its checkpoint says so."""
 
     def spoil(trainer):

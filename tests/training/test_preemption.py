@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C save and exit with a status of their own, torchrun's restarts go on; who loses a rank ends."""
+"""SIGTERM and Ctrl-C save and exit with a status of their own, torchrun's restarts resume; who loses a rank ends."""
 
 import os
 import re
@@ -162,7 +162,7 @@ def test_ctrl_c_saves_as_sigterm_does(run):
     assert "KeyboardInterrupt" not in run.text() and "Traceback" not in run.text()
 
 
-def test_the_same_command_goes_on_and_torchrun_restarts_it_when_a_rank_dies(run):
+def test_the_same_command_resumes_and_torchrun_restarts_it_when_a_rank_dies(run):
     stopped = Checkpoint(run.folder).step
     process = run.start("--max-restarts", "1")
     run.wait_for_step(45, process)

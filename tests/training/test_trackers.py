@@ -114,7 +114,7 @@ def resumed(assets, tmp_path, monkeypatch):
     return tmp_path, ids
 
 
-def test_a_run_that_goes_on_is_one_run_for_both_trackers_and_tensorboard_has_each_step_once(resumed):
+def test_a_run_that_resumes_is_one_run_for_both_trackers_and_tensorboard_has_each_step_once(resumed):
     folder, ids = resumed
     assert ids[0] == ids[1] and ids[0][0] and ids[0][1] == "allow"
     files = sorted(folder.glob("tb/events*"))

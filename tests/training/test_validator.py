@@ -350,7 +350,7 @@ def test_steps_are_global_batches_whatever_a_rank_takes_at_once(assets, tmp_path
     assert [probe["cosine"] for probe in probes] == pytest.approx([probes[0]["cosine"]] * 3, abs=1e-5)
 
 
-def test_training_goes_on_after_a_validation_that_was_left_out(assets, tmp_path, monkeypatch, caplog):
+def test_training_continues_after_a_validation_that_was_left_out(assets, tmp_path, monkeypatch, caplog):
     caplog.set_level("WARNING")
     rows, opened, now = Dataset.from_json(str(assets / "validation.jsonl")), [], {"step": 0}
 
