@@ -24,6 +24,7 @@ LONGEST = [
     "distributed/test_layouts",
     "training/test_preemption",
     "chaos/test_campaign",
+    "test_readme",
     "test_entry_points",
     "cli/test_recipe_tool",
     "overhead/test_full_size",
