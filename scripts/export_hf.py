@@ -43,7 +43,7 @@ def main() -> None:
         max_shard_size=arguments.max_shard_size,
     )
     print(f"{checkpoint.folder}: {export.architecture}, {arguments.dtype}", flush=True)
-    done = export.write(arguments.out, say=lambda line: print(line, flush=True))
+    done = export.write(arguments.out, log=lambda line: print(line, flush=True))
     for note in export.notes():
         print(f"note: {note}")
     left_out = f", without {len(done.left_out)} tensors of the projector" if done.left_out else ""

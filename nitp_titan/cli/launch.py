@@ -54,11 +54,11 @@ class TrainingRun:
     def finished(self) -> bool:
         return self._stamp() == {"fingerprint": self.fingerprint(), "finished": True}
 
-    def train(self, say: Callable[[str], None]) -> None:
+    def train(self, log: Callable[[str], None]) -> None:
         """Train the run unless it is finished; one that was stopped resumes. Its full log is ``<folder>/log.txt``.
 
         Args:
-            say: takes a line for every logged step.
+            log: takes a line for every logged step.
 
         Raises:
             UserError: if the folder holds something else, or training fails, with the reason.
@@ -66,28 +66,28 @@ class TrainingRun:
         """
         found, wanted = self._stamp(), self.fingerprint()
         if found == {"fingerprint": wanted, "finished": True}:
-            return say(f"already trained ({self.folder})")
+            return log(f"already trained ({self.folder})")
         if self.folder.exists() and not found:
             raise UserError(f"{self.folder} is not the folder of this run; choose another one with --out.")
         if self.folder.exists() and found["fingerprint"] != wanted:
-            say(f"{self.folder} was trained with other settings; it is now {archive(self.folder)}")
+            log(f"{self.folder} was trained with other settings; it is now {archive(self.folder)}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_stamp(wanted, finished=False)
-        say(" ".join(self.command()))
+        log(" ".join(self.command()))
         started = time.monotonic()
-        with (self.folder / "log.txt").open("a") as log:
+        with (self.folder / "log.txt").open("a") as file:
             process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             _running.add(process)
             try:
                 for line in process.stdout:
-                    log.write(line)
+                    file.write(line)
                     _, found_step, rest = line.partition(" - step ")
                     if found_step:
-                        say(f"step {rest.rstrip()}")
+                        log(f"step {rest.rstrip()}")
             except KeyboardInterrupt:
-                say("is told to save and stop")
+                log("saves and stops")
                 stop_all()
-                log.writelines(process.stdout)
+                file.writelines(process.stdout)
                 process.wait()
                 raise
             finally:
@@ -95,7 +95,7 @@ class TrainingRun:
         if process.wait() != 0:
             raise UserError(self._reason())
         self._write_stamp(wanted, finished=True)
-        say(f"trained in {time.monotonic() - started:.0f} s")
+        log(f"trained in {time.monotonic() - started:.0f} s")
 
     def _stamp(self) -> dict:
         return read_own(self.folder / _STAMP) or {}

@@ -172,10 +172,10 @@ def _check_split(parallelism, model) -> None:
         ranks = SimpleNamespace(pp=parallelism.pipeline_parallel_degree)
         _generate_llm_fqn_per_model_part(*_get_pipeline_metadata(ranks, parallelism, model))
     except ValueError as error:
-        said = str(error)
+        reason = str(error)
         for name, end in (("input_weight", "first"), ("output_weight", "last")):
-            said = said.replace(name, f"pipeline_parallel_{end}_stage_less_layers")
-        raise UserError(f"[parallelism] {said}", table="parallelism", key="pipeline_parallel_degree") from None
+            reason = reason.replace(name, f"pipeline_parallel_{end}_stage_less_layers")
+        raise UserError(f"[parallelism] {reason}", table="parallelism", key="pipeline_parallel_degree") from None
 
 
 def _check_wrong_upstream(config) -> None:

@@ -145,12 +145,12 @@ def measure_models(models: Sequence[Model], settings: GeometrySettings) -> dict[
         log(f"{name}: loading {source}")
         num_documents = measured[0]["sequences"] if measured else None
         try:
-            found, said = _measure_one(name, source, settings, num_documents)
+            found, notes = _measure_one(name, source, settings, num_documents)
         except torch.OutOfMemoryError:
             way_out = "lower --batch-size or --seq-len, or take --dtype bfloat16 or --device cpu"
             raise UserError(f"{name} does not fit into the memory of {settings.torch_device()}; {way_out}.") from None
         measured.append(found)
-        warnings += [f"{name}: {line}" for line in said]
+        warnings += [f"{name}: {line}" for line in notes]
     return {
         "settings": asdict(settings) | {"text": str(settings.text), "device": str(settings.torch_device())},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -135,12 +135,12 @@ class Export:
                 f"not zero{reason} ({len(moved)} such tensors)."
             )
 
-    def write(self, out: Path, say: Callable[[str], None] = lambda line: None) -> Exported:
+    def write(self, out: Path, log: Callable[[str], None] = lambda line: None) -> Exported:
         """Write the model into a new folder, which appears once it is complete.
 
         Args:
             out: must not exist yet, be empty, or hold this very export.
-            say: takes a line for every shard.
+            log: takes a line for every shard.
 
         Raises:
             UserError: if the folder is in the way or its disk too small.
@@ -152,13 +152,13 @@ class Export:
                 if not self._is_there(draft, out):
                     raise UserError(f"--out {out} exists already; choose another folder or remove it.")
                 # A command that was killed at its very end is given again.
-                say("this export is there already")
+                log("this export is there already")
                 return self._exported(out)
             for number, (file, tensors) in enumerate(self._filled_shards(), 1):
                 save_file(tensors, draft / file, metadata={"format": "pt"})
                 # safetensors writes for the owner alone.
                 shutil.copymode(draft / "config.json", draft / file)
-                say(f"{number} of {len(self.shards.filename_to_tensors)}: {file}, {len(tensors)} tensors")
+                log(f"{number} of {len(self.shards.filename_to_tensors)}: {file}, {len(tensors)} tensors")
                 # Otherwise it would be held until the next shard is full.
                 tensors.clear()
             if out.exists():

@@ -121,9 +121,9 @@ class Report:
 
     def sentences(self) -> list[str]:
         """What the data show and what they do not: a plain sentence per variant, then the phases of the NITP loss."""
-        said = [sentence for variant in self.variants[1:] if (sentence := self._compared(variant))]
-        said += [sentence for variant in self.variants if (sentence := self._phases(variant))]
-        return said if len(self.variants) > 1 else ["One variant alone is no comparison.", *said]
+        sentences = [sentence for variant in self.variants[1:] if (sentence := self._compared(variant))]
+        sentences += [sentence for variant in self.variants if (sentence := self._phases(variant))]
+        return sentences if len(self.variants) > 1 else ["One variant alone is no comparison.", *sentences]
 
     def _compared(self, variant: Variant) -> str:
         by_name = {figure.name: figure for figure in FIGURES}

@@ -38,7 +38,7 @@ _GPU_SETTINGS = {
 }
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line on stderr, at once."""
     print(line, file=sys.stderr, flush=True)
 
@@ -71,8 +71,8 @@ def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: i
     configs = variant_configs(*paths, **_changes(load_config(*paths)))
     settings = {}
     for name, changed in _settings(configs, on_cpu):
-        say(f"{recipe_name}, {name}: {', '.join(changed)}")
-        settings[name] = measure(changed, num_rounds=num_rounds, num_warmup=num_warmup, say=say)
+        log(f"{recipe_name}, {name}: {', '.join(changed)}")
+        settings[name] = measure(changed, num_rounds=num_rounds, num_warmup=num_warmup, log=log)
     found = {
         "machine": machine(),
         "recipe": recipe_name,
@@ -82,7 +82,7 @@ def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: i
         "settings": settings,
     }
     if on_cpu:
-        say("memory with the loss in one chunk")
+        log("memory with the loss in one chunk")
         whole = {name: _with(configs[name], "loss", num_chunks=1) for name in ("NTP", "NITP")}
         found["unchunked"] = peak_bytes(whole)
     return found
@@ -90,12 +90,12 @@ def measured(recipe_name: str | None, train_config: str | None, *, num_rounds: i
 
 def full_size() -> dict[str, Any]:
     """The paper's models: `counted.full_size` and `counted.communication`."""
-    return {**counted.full_size(say), "communication": counted.communication(say)}
+    return {**counted.full_size(log), "communication": counted.communication(log)}
 
 
 def growth() -> dict[str, Any]:
     """As `counted.growth`."""
-    return counted.growth(say)
+    return counted.growth(log)
 
 
 def _changes(config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from nitp_titan.sizing.trace import added, as_rows, Cost
 from overhead.full_size import Case, count_all, Result
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Rows = list[dict[str, Any]]
 
 MODELS = {
@@ -53,7 +53,7 @@ NUM_RANKS = (8, 64, 512, 1024)
 DIMS = (1280, 2560, 5120)
 
 
-def full_size(say: Say = print, models: Collection[str] = MODELS) -> dict[str, Rows]:
+def full_size(log: Log = print, models: Collection[str] = MODELS) -> dict[str, Rows]:
     """FLOPs and memory of the paper's models under FSDP on 8 ranks, one sequence of 8,192 tokens each.
 
     Returns:
@@ -69,7 +69,7 @@ def full_size(say: Say = print, models: Collection[str] = MODELS) -> dict[str, R
     cases |= {
         ("MTP", model, variant): Case(MODELS[model], variant, **_MTP) for model in models for variant in ("NTP", "MTP")
     }
-    results = dict(zip(cases, count_all(cases.values(), say)))
+    results = dict(zip(cases, count_all(cases.values(), log)))
     flops = [
         _flops_row(
             model, *(results[variant, model, "none", None] for variant in ("NTP", "NITP")), results["MTP", model, "MTP"]
@@ -124,7 +124,7 @@ def _memory_row(ntp: Result, other: Result) -> dict[str, Any]:
     }
 
 
-def communication(say: Say = print, layouts: Collection[str] = LAYOUTS) -> Rows:
+def communication(log: Log = print, layouts: Collection[str] = LAYOUTS) -> Rows:
     """What NITP adds to NTP's communication in a micro-batch of 8,192 tokens, a row per layout, kind and mesh axis.
 
     Returns:
@@ -137,7 +137,7 @@ def communication(say: Say = print, layouts: Collection[str] = LAYOUTS) -> Rows:
         for model, changes in (LAYOUTS[layout] for layout in layouts)
         for variant in ("NTP", "NITP")
     ]
-    results = list(count_all(cases, say))
+    results = list(count_all(cases, log))
     rows = []
     for layout, ntp, nitp in zip(layouts, results[::2], results[1::2]):
         before = {(row["kind"], row["group"]): row for row in as_rows(ntp.cost.collectives)}
@@ -150,7 +150,7 @@ def communication(say: Say = print, layouts: Collection[str] = LAYOUTS) -> Rows:
     return rows
 
 
-def growth(say: Say = print) -> dict[str, Rows]:
+def growth(log: Log = print) -> dict[str, Rows]:
     """NITP's shares against the length of sequences, the model dimension and the number of ranks.
 
     Returns:
@@ -160,7 +160,7 @@ def growth(say: Say = print) -> dict[str, Rows]:
     """
     axes = {"seq_len": _seq_len_cases(), "dim": _dim_cases(), "num_ranks": _num_ranks_cases()}
     cases = [case for points in axes.values() for _, _, *pair in points for case in pair]
-    results = count_all(cases, say)
+    results = count_all(cases, log)
     return {
         axis: [{"series": series, "x": x} | _shares(next(results), next(results)) for series, x, _, _ in points]
         for axis, points in axes.items()

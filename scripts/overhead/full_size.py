@@ -96,12 +96,12 @@ class Result:
     seconds: float
 
 
-def count_all(cases: Iterable[Case], say: Callable[[str], None] = print) -> Iterator[Result]:
+def count_all(cases: Iterable[Case], log: Callable[[str], None] = print) -> Iterator[Result]:
     """Count cases, two at a time, each in a process of its own.
 
     Args:
         cases: any number.
-        say: takes a line about every case when it is done.
+        log: takes a line about every case when it is done.
 
     Yields:
         In the order of ``cases``.
@@ -117,7 +117,7 @@ def count_all(cases: Iterable[Case], say: Callable[[str], None] = print) -> Iter
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         for done, result in enumerate(pool.imap(count, cases, chunksize=1), 1):
             case = result.case
-            say(
+            log(
                 f"{done} of {len(cases)}: {case.recipe} {case.variant}, {case.seq_len} tokens on {case.num_ranks} "
                 f"ranks, checkpointing {case.checkpointing} ({result.seconds:.0f} s)"
             )

@@ -29,7 +29,7 @@ def measure(
     *,
     num_rounds: int,
     num_warmup: int,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Step times and memory of some variants, on one rank. The first variant is the baseline.
 
@@ -37,13 +37,13 @@ def measure(
         configs: from `variants.variant_configs`.
         num_rounds: steps of every variant that count.
         num_warmup: steps of every variant before, which do not.
-        say: takes lines of progress.
+        log: takes lines of progress.
 
     Returns:
         ``{"tokens_per_step", "rounds", "variants": {name: figures}}``; see `_figures`.
     """
-    with _trainers(configs, num_rounds + num_warmup, say) as trainers:
-        times = step_times(trainers, num_rounds=num_rounds, num_warmup=num_warmup, say=say)
+    with _trainers(configs, num_rounds + num_warmup, log) as trainers:
+        times = step_times(trainers, num_rounds=num_rounds, num_warmup=num_warmup, log=log)
         costs = {name: _traced(trainer) for name, trainer in trainers.items()}
         some = next(iter(trainers.values())).config.training
         num_tokens = some.global_batch_size * some.seq_len
@@ -61,12 +61,12 @@ def peak_bytes(configs: dict[str, NITPTrainer.Config]) -> dict[str, int]:
 
 @contextmanager
 def _trainers(
-    configs: dict[str, NITPTrainer.Config], num_steps: int, say: Callable[[str], None]
+    configs: dict[str, NITPTrainer.Config], num_steps: int, log: Callable[[str], None]
 ) -> Iterator[dict[str, NITPTrainer]]:
     with tempfile.TemporaryDirectory() as scratch:
         trainers = {}
         for name, config in configs.items():
-            say(f"building {name}")
+            log(f"building {name}")
             trainers[name] = _for_timing(config, f"{scratch}/{name}", num_steps).build()
             # The first step is logged, whatever the interval.
             trainers[name].step = 1
@@ -90,7 +90,7 @@ def step_times(
     *,
     num_rounds: int,
     num_warmup: int,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[float]]:
     """Seconds of every optimizer step of every variant; data loading is not in it.
 
@@ -109,7 +109,7 @@ def step_times(
             if done >= num_warmup:
                 times[name].append(seconds)
         left = (time.perf_counter() - started) / (done + 1) * (num_warmup + num_rounds - done - 1)
-        say(f"round {done + 1} of {num_warmup + num_rounds}, {left:.0f} s left")
+        log(f"round {done + 1} of {num_warmup + num_rounds}, {left:.0f} s left")
     return times
 
 

@@ -63,14 +63,14 @@ def main() -> None:
         seed=arguments.seed,
         tolerance=arguments.tolerance,
     )
-    say = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    log = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
     # So that a terminated campaign ends what it has started, as one that is interrupted does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    campaign, trials = Campaign(settings, arguments.out, say), []
+    campaign, trials = Campaign(settings, arguments.out, log), []
     campaign.run_reference()
     for trial in campaign.trials(arguments.trials):
         trials.append(trial)
-        say(f"trial {trial.number}: {trial}")
+        log(f"trial {trial.number}: {trial}")
     lost = sum(bool(trial.problems) for trial in trials)
     survived = sum(trial.survived for trial in trials)
     if arguments.json:
@@ -79,7 +79,7 @@ def main() -> None:
     else:
         print(f"\n{table(trials)}\nsurvived {survived} of {survived + lost}")
     if lost:
-        say(f"the folders of lost trials are in {campaign.out}")
+        log(f"the folders of lost trials are in {campaign.out}")
         sys.exit(1)
     shutil.rmtree(campaign.out)
 

@@ -100,16 +100,16 @@ class Campaign:
     Args:
         settings: the same for all.
         out: folder; must not exist yet, or be empty.
-        say: takes a line for whatever takes long.
+        log: takes a line for whatever takes long.
 
     Raises:
         UserError: if the folder is in the way.
     """
 
-    def __init__(self, settings: CampaignSettings, out: Path, say: Callable[[str], None] = lambda line: None):
+    def __init__(self, settings: CampaignSettings, out: Path, log: Callable[[str], None] = lambda line: None):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} exists already; choose another folder or remove it.")
-        self.settings, self.out, self.say = settings, out.absolute(), say
+        self.settings, self.out, self.log = settings, out.absolute(), log
         self.reference = self.out / "reference"
         self.moments = list(settings.moments or MOMENTS)
         self.lengths: dict[tuple[str, int], float] = {}
@@ -155,7 +155,7 @@ class Campaign:
 
     def _uninterrupted(self, job: str, moments: list[str]) -> None:
         command, log = self._command(job, self.reference), self.reference / f"{job}.log"
-        self.say(" ".join(command))
+        self.log(" ".join(command))
         checkpoints = self.settings.checkpoints
         keys = [(name, step) for name in moments for step in (checkpoints if MOMENTS[name].steps else [0])]
         opened: dict[tuple[str, int], float] = {}
@@ -175,7 +175,7 @@ class Campaign:
         watch.look()
         if tree.exit_status != 0:
             raise UserError(f"the {job} without a kill failed: {watch.error()}\nits log is {log}")
-        self.say(f"took {now - watch.started:.0f} s")
+        self.log(f"took {now - watch.started:.0f} s")
 
     def trial(self, number: int, moments: list[str], draw: random.Random) -> Trial:
         """Kill once at each of the moments, in this order, either all of training or all of an export.

@@ -28,7 +28,7 @@ from overhead.full_size import Case, count_all
 
 given = json.loads(sys.argv[1])
 cases = {name: [Case(variant=variant, **case) for variant in ("NTP", "NITP")] for name, case in given.items()}
-results = count_all([case for pair in cases.values() for case in pair], say=lambda line: None)
+results = count_all([case for pair in cases.values() for case in pair], log=lambda line: None)
 figures = lambda r: {
     "matmul_flops": r.cost.matmul_flops, "attention_flops": r.cost.attention_flops, "peak_bytes": r.cost.peak_bytes,
     "prefetched": r.cost.prefetched_gathers, "collectives": as_rows(r.cost.collectives), "counts": vars(r.counts),
