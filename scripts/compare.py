@@ -1,4 +1,4 @@
-"""Compare training runs: one page, a Markdown report and figures from their run folders.
+"""Compare training runs: one page, a Markdown report and plots from their run folders.
 
 python scripts/compare.py outputs/debug/ntp_debug outputs/debug/nitp_debug --out outputs/report
 python scripts/compare.py outputs/study/ntp outputs/study/nitp --out outputs/report   # a run per seed in each
@@ -22,7 +22,7 @@ from nitp_titan.report.runs import read_variants
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a run folder, or a folder of run folders")
-    parser.add_argument("--out", type=Path, required=True, help="folder of index.html, report.md and the figures")
+    parser.add_argument("--out", type=Path, required=True, help="folder of index.html, report.md and the plots")
     parser.add_argument(
         "--spectrum-step", type=int, action="append", default=[], help="step whose eigenvalue spectra are drawn; repeat"
     )

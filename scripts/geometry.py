@@ -4,7 +4,7 @@ python scripts/geometry.py --model outputs/hf/nitp --text assets/stdlib/validati
 python scripts/geometry.py --model ntp=outputs/hf/ntp nitp=outputs/hf/nitp \\
     --text corpus.jsonl --dtype bfloat16 --out outputs/geometry         # side by side, differences to the first
 
-Any causal language model that transformers loads: a folder, or owner/name on the Hugging Face hub. The figures are
+Any causal language model that transformers loads: a folder, or owner/name on the Hugging Face hub. The statistics are
 those of training's geometry.jsonl. The first --seq-len tokens of every document are one sequence; all models read the
 same documents, as many as hold --tokens tokens of the first model.
 """
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--device", default=defaults.device, help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--num-pairs", type=int, default=defaults.num_pairs, help="sampled pairs (%(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the sampled pairs (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of geometry.json, geometry.md and the figures")
+    parser.add_argument("--out", type=Path, required=True, help="folder of geometry.json, geometry.md and the plots")
     parser.add_argument("--json", action="store_true", help="print geometry.json instead of the table")
     arguments = vars(parser.parse_args())
     models, out, as_text = arguments.pop("model"), arguments.pop("out"), arguments.pop("json")

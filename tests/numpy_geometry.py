@@ -10,8 +10,8 @@ def entropy_rank(values: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def numpy_figures(x: np.ndarray) -> dict[str, float]:
-    """All figures from the states themselves: numpy's covariance and SVD, and the full matrix of cosines."""
+def numpy_stats(x: np.ndarray) -> dict[str, float]:
+    """All stats from the states themselves: numpy's covariance and SVD, and the full matrix of cosines."""
     x = x.astype(np.float64)
     eigenvalues = np.clip(np.linalg.eigvalsh(np.cov(x.T, bias=True)), 0, None)
     units = x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -110,8 +110,8 @@ def test_steps_that_measure_geometry_stand_between_replayed_ones(eager, tmp_path
     assert [record["step"] for record in ours] == [record["step"] for record in expected] == [1, 2, 4, 6]
     for record, other in zip(ours, expected):
         for state in set(other) - {"step"}:
-            for figure in ("effective_rank", "rankme", "participation_ratio", "cosine", "cosine_sampled"):
-                assert record[state][figure] == pytest.approx(other[state][figure], rel=1e-2, abs=1e-3), state
+            for stat in ("effective_rank", "rankme", "participation_ratio", "cosine", "cosine_sampled"):
+                assert record[state][stat] == pytest.approx(other[state][stat], rel=1e-2, abs=1e-3), state
 
 
 @pytest.mark.technique("activation checkpointing", "dense", "memory-budget AC, 1 GPU")

@@ -1,4 +1,4 @@
-"""Geometry of pretrained models on a text: the figures of training, for any causal LM that transformers loads.
+"""Geometry of pretrained models on a text: the stats of training, for any causal LM that transformers loads.
 
 Needs transformers, which the extra ``eval`` installs.
 """
@@ -162,7 +162,7 @@ def measure_models(models: Sequence[Model], settings: GeometrySettings) -> dict[
 def _measure_one(
     name: str, source: str, settings: GeometrySettings, num_documents: int | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Figures of a model and warnings; without a number of documents ``settings.tokens`` ends the text."""
+    """Stats of a model and warnings; without a number of documents ``settings.tokens`` ends the text."""
     model, tokenizer = load_pretrained(source, dtype=settings.dtype, device=settings.torch_device())
     warnings = without_bos(tokenizer, "sequences")
     config, seq_len = model.config.get_text_config(), settings.seq_len

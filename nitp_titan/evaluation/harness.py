@@ -168,8 +168,8 @@ def _run(name: str, benchmark: Benchmark, limit: int | None, folder: Path | None
 
 
 def _score(results: dict[str, Any], name: str, metric: str, filter_name: str, samples: list[dict]) -> Score:
-    figures = results["results"][name]
-    value, stderr = figures[f"{metric},{filter_name}"], figures.get(f"{metric}_stderr,{filter_name}")
+    values = results["results"][name]
+    value, stderr = values[f"{metric},{filter_name}"], values.get(f"{metric}_stderr,{filter_name}")
     fields = {
         "higher_is_better": results["higher_is_better"][name][metric],
         "documents": _identity(f"{sample['doc_id']} {sample['doc_hash']}" for sample in samples),

@@ -50,8 +50,8 @@ class Collector:
         slots, rows, columns = (index.to(device) for index in (self.slots, self.rows, self.columns))
         self.pair_states[state].index_copy_(0, slots, x_BLD[rows, columns].float())
 
-    def figures(self, state: str, num_tokens: int) -> dict[str, Any]:
-        """Figures of `geometry.describe`.
+    def stats(self, state: str, num_tokens: int) -> dict[str, Any]:
+        """Stats of `geometry.describe`.
 
         Raises:
             ValueError: saying why there are none.
@@ -114,11 +114,11 @@ def measure(
 
     Args:
         sequences: token ids, [length] each, at least two that are not empty; padded on the right, batch by batch.
-        batch_size: sequences at a time; it does not change the figures.
+        batch_size: sequences at a time; it does not change the stats.
         progress: called with the number of tokens of every batch.
 
     Returns:
-        State -> figures of `geometry.describe`: ``hidden`` is the state that the unembedding reads (after the final
+        State -> stats of `geometry.describe`: ``hidden`` is the state that the unembedding reads (after the final
         norm), ``layer_0`` what enters the first block, ``layer_1`` and on the raw residual stream after each. And why
         a state is left out, a line each.
     """
@@ -141,7 +141,7 @@ def measure(
     states = {}
     for name in names:
         try:
-            states[name] = collector.figures(name, int(lengths_S.sum()))
+            states[name] = collector.stats(name, int(lengths_S.sum()))
         except ValueError as reason:
             left_out.append(f"{name}: {reason}; left out.")
     return states, left_out

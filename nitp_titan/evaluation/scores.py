@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Score:
-    """Figure of one model on one task.
+    """Score of one model on one task.
 
     Args:
-        value: the figure, in the unit of its metric; shares are from 0 to 1.
+        value: the score, in the unit of its metric; shares are from 0 to 1.
         stderr: its standard error, or None if it is unknown.
         size: documents that it is made from.
         higher_is_better: direction of the metric.
@@ -66,9 +66,9 @@ class ScoreDifference:
     """A model's score minus the baseline's, on the same documents where it is paired.
 
     Args:
-        value: the difference, in the unit of the figure.
+        value: the difference, in the unit of the score.
         stderr: its standard error, or None if it is unknown.
-        paired: whether the standard error is that of differences on the same documents; else the two figures count as
+        paired: whether the standard error is that of differences on the same documents; else the two scores count as
             independent, which overstates it.
     """
 
@@ -89,7 +89,7 @@ def difference(score: Score, baseline: Score) -> ScoreDifference | None:
 
 
 def root_sum_of_squares(stderrs: Sequence[float | None]) -> float | None:
-    """Standard error of a sum or difference of independent figures; None if one of theirs is unknown."""
+    """Standard error of a sum or difference of independent scores; None if one of theirs is unknown."""
     return None if None in stderrs else math.sqrt(math.fsum(stderr**2 for stderr in stderrs))
 
 
@@ -111,6 +111,6 @@ def pooled(
 
 
 def mean(values: Sequence[float], stderrs: Sequence[float | None]) -> tuple[float, float | None]:
-    """Mean of independent figures, and its standard error."""
+    """Mean of independent scores, and its standard error."""
     error = root_sum_of_squares(stderrs)
     return math.fsum(values) / len(values), None if error is None else error / len(values)

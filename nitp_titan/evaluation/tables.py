@@ -21,7 +21,7 @@ _LOWER_IS_BETTER = " ↓"
 
 @dataclass(frozen=True)
 class Cell:
-    """A model's figure in a row; ``size`` counts documents, ``difference`` is to the baseline. Both may be missing."""
+    """A model's score in a row; ``size`` counts documents, ``difference`` is to the baseline. Both may be missing."""
 
     value: float
     stderr: float | None
@@ -31,7 +31,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row with its figures by model; models without a figure are left out.
+    """A row with its scores by model; models without one are left out.
 
     Args:
         ran, of: benchmarks that an average is made from, and those that belong to it; 1 and 1 for a single one.
@@ -96,7 +96,7 @@ class Comparison:
         return Line(row, True, cells, len(lines), len(average.rows), better)
 
     def as_json(self) -> dict:
-        """The comparison as JSON values; figures are in their metrics' units, shares from 0 to 1."""
+        """The comparison as JSON values; scores are in their metrics' units, shares from 0 to 1."""
         return {
             "models": [vars(model) | {"fingerprint": self.results.fingerprints[model.name]} for model in self.models],
             "baseline": self.baseline.name,
@@ -134,7 +134,7 @@ class Comparison:
         if len(self.models) > 1:
             notes.append(
                 f"Differences are to {self.baseline.name}. Their standard errors are paired, over the same documents, "
-                "except those marked *, which take the two figures as independent."
+                "except those marked *, which take the two scores as independent."
             )
         device = f"{self.settings.dtype} on {self.settings.device}"
         return [*notes, f"Shares are in percent, ± is the standard error. {device}; {used}."]
@@ -154,9 +154,9 @@ class Comparison:
             setting = f"{line.ran} of {line.of} benchmarks" + "".join(
                 f", {name} better in {count}" for name, count in line.better.items()
             )
-        figures = [_figure(line, line.cells.get(model.name)) for model in self.models]
+        shown = [_score(line, line.cells.get(model.name)) for model in self.models]
         steps = [_step(line, line.cells.get(name)) for name in others]
-        return [line.row.name, metric, setting, f"{size:,}" if size > 1 else "-", *figures, *steps]
+        return [line.row.name, metric, setting, f"{size:,}" if size > 1 else "-", *shown, *steps]
 
     def write(self, out: Path) -> None:
         """Write ``results.json`` and ``results.md``."""
@@ -185,7 +185,7 @@ def _as_json(line: Line) -> dict:
     return fields | ({"ran": line.ran, "of": line.of, "better": line.better} if line.of > 1 else {})
 
 
-def _figure(line: Line, cell: Cell | None) -> str:
+def _score(line: Line, cell: Cell | None) -> str:
     return "-" if cell is None else _number(line, cell.value, cell.stderr, "")
 
 

@@ -1,1 +1,1 @@
-"""Compare training runs by their run folders: statistics, figures, a page. Imports no torch."""
+"""Compare training runs by their run folders: statistics, plots, a page. Imports no torch."""

@@ -1,4 +1,4 @@
-"""How a figure of the report is rendered: as SVG that takes the colours of the page around it, and as files."""
+"""How a plot of the report is rendered: as SVG that takes the colours of the page around it, and as files."""
 
 import io
 import math
@@ -23,7 +23,7 @@ _OVERVIEW_WIDTH = 9.0
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure of the report."""
+    """One plot of the report."""
 
     name: str
     """Of its files."""
@@ -34,7 +34,7 @@ class Drawing:
 
 
 def svg(drawing: Drawing) -> str:
-    """The figure as an SVG element, without XML header, whose lines and texts follow the page's colours."""
+    """The plot as an SVG element, without XML header, whose lines and texts follow the page's colours."""
     with pyplot.rc_context(_style(_INK, _GRID) | {"svg.fonttype": "none", "svg.hashsalt": drawing.name}):
         stream = io.StringIO()
         _figure(drawing).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
@@ -50,7 +50,7 @@ def svg(drawing: Drawing) -> str:
 
 
 def write_overview(drawings: Sequence[Drawing], path: Path) -> None:
-    """Write figures as one PNG with one legend; two or three in a row are readable in a column of text."""
+    """Write plots as one PNG with one legend; two or three in a row are readable in a column of text."""
     columns = min(len(drawings), 3 if len(drawings) % 3 == 0 else 2)
     rows = math.ceil(len(drawings) / columns)
     with pyplot.rc_context(_PRINTED):

@@ -19,7 +19,7 @@ def check_out(out: Path) -> None:
 
 
 def write_page(out: Path, name: str, *, text: str, data: str, drawings: Sequence[Drawing]) -> list[Path]:
-    """Write ``<name>.md``, ``<name>.json``, every figure as PNG and SVG, and all in one ``<name>.png``.
+    """Write ``<name>.md``, ``<name>.json``, every plot as PNG and SVG, and all in one ``<name>.png``.
 
     Returns:
         The files. They appear once all of them are complete.

@@ -12,23 +12,23 @@ from nitp_titan.report.runs import Differences, Variant
 from nitp_titan.report.stats import (
     Difference,
     difference,
-    Figure,
-    FIGURES,
     FINAL_SHARE,
     phases,
+    Stat,
+    STATS,
     TOKENS,
 )
 
 _NOTE = (
     f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of the steps that all "
-    "runs have logged, validation figures are of the last such step; ± is half the range over seeds. Validation "
-    "figures are of the same validation tokens in every variant. Runs one after the other do not show the cost of a "
+    "runs have logged, validation values are of the last such step; ± is half the range over seeds. Validation "
+    "values are of the same validation tokens in every variant. Runs one after the other do not show the cost of a "
     "variant: scripts/overhead measures that. Intervals are 95% bootstrap intervals of the mean difference over "
     "pairs of the same seed; with three pairs such an interval goes from the smallest to the largest difference and "
     "leaves out zero by chance alone in one comparison of four."
 )
 
-# What the summary speaks of: the first figure of each group that was measured.
+# What the summary speaks of: the first stat of each group that was measured.
 _OF_INTEREST = (
     ("validation NTP loss", "NTP loss"),
     ("validation effective rank", "effective rank"),
@@ -50,12 +50,12 @@ class Report:
     ):
         self.variants, self.problems = list(variants), list(problems)
         every_run = [run for variant in variants for run in variant.runs]
-        self.steps = {figure: figure.steps(every_run) for figure in (TOKENS, *FIGURES)}
+        self.steps = {stat: stat.steps(every_run) for stat in (TOKENS, *STATS)}
         self.settings: Differences = runs.differences(variants)
         self.settings.warnings.extend(
-            f"{figure.name}: the runs have no step in common; it is not compared."
-            for figure in FIGURES
-            if not self.steps[figure] and any(figure.series(run)[0] for run in every_run)
+            f"{stat.name}: the runs have no step in common; it is not compared."
+            for stat in STATS
+            if not self.steps[stat] and any(stat.series(run)[0] for run in every_run)
         )
         self.drawings = plots.drawings(variants, spectrum_steps)
 
@@ -67,48 +67,48 @@ class Report:
         others = ", ".join(variant.name for variant in self.variants[1:])
         return f"{others} against {self.baseline.name}" if others else self.baseline.name
 
-    def values(self, variant: Variant, figure: Figure) -> list[float]:
-        """The final figure of every run of a variant that has it."""
-        return [value for run in variant.runs if (value := figure.of(run, self.steps[figure])) is not None]
+    def values(self, variant: Variant, stat: Stat) -> list[float]:
+        """The final stat of every run of a variant that has it."""
+        return [value for run in variant.runs if (value := stat.of(run, self.steps[stat])) is not None]
 
     def final_table(self) -> tuple[list[str], list[list[str]]]:
-        """Header, rows of means over seeds, one per variant, and a last row with the steps of every figure."""
-        shown = [figure for figure in FIGURES if any(self.values(variant, figure) for variant in self.variants)]
-        header = ["variant", "runs", TOKENS.name, *(figure.name for figure in shown)]
+        """Header, rows of means over seeds, one per variant, and a last row with the steps of every stat."""
+        shown = [stat for stat in STATS if any(self.values(variant, stat) for variant in self.variants)]
+        header = ["variant", "runs", TOKENS.name, *(stat.name for stat in shown)]
         rows = []
         for variant in self.variants:
             tokens = self.values(variant, TOKENS)
             row = [variant.name, str(len(variant.runs)), f"{fmean(tokens):{TOKENS.form}}" if tokens else "-"]
-            rows.append([*row, *(self._cell(variant, figure) for figure in shown)])
-        return header, [*rows, ["at step", "", *(self.at(figure) for figure in (TOKENS, *shown))]]
+            rows.append([*row, *(self._cell(variant, stat) for stat in shown)])
+        return header, [*rows, ["at step", "", *(self.at(stat) for stat in (TOKENS, *shown))]]
 
-    def at(self, figure: Figure) -> str:
-        """The steps that a figure is of."""
-        steps = self.steps[figure]
+    def at(self, stat: Stat) -> str:
+        """The steps that a stat is of."""
+        steps = self.steps[stat]
         return "-" if not steps else f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
 
-    def _cell(self, variant: Variant, figure: Figure) -> str:
-        values = self.values(variant, figure)
+    def _cell(self, variant: Variant, stat: Stat) -> str:
+        values = self.values(variant, stat)
         if not values:
             return "-"
         spread = (max(values) - min(values)) / 2
-        plus_minus = f" ± {spread:z{figure.form}}" if len(values) > 1 else ""
-        return f"{fmean(values):z{figure.form}}{plus_minus}"
+        plus_minus = f" ± {spread:z{stat.form}}" if len(values) > 1 else ""
+        return f"{fmean(values):z{stat.form}}{plus_minus}"
 
     def difference_table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the differences to the baseline, one per figure and variant."""
-        header = ["figure", "at step", "variant", "difference", "95% interval", "pairs", "the data"]
+        """Header and rows of the differences to the baseline, one per stat and variant."""
+        header = ["statistic", "at step", "variant", "difference", "95% interval", "pairs", "the data"]
         rows = []
-        for figure in FIGURES:
+        for stat in STATS:
             for variant in self.variants[1:]:
-                found = self._difference(variant, figure) if figure.compared else None
+                found = self._difference(variant, stat) if stat.compared else None
                 if found is not None:
-                    cells = self._difference_cells(found, figure.form)
-                    rows.append([figure.name, self.at(figure), variant.name, *cells])
+                    cells = self._difference_cells(found, stat.form)
+                    rows.append([stat.name, self.at(stat), variant.name, *cells])
         return header, rows
 
-    def _difference(self, variant: Variant, figure: Figure) -> Difference | None:
-        return difference(variant, self.baseline, figure, self.steps[figure])
+    def _difference(self, variant: Variant, stat: Stat) -> Difference | None:
+        return difference(variant, self.baseline, stat, self.steps[stat])
 
     @staticmethod
     def _difference_cells(found: Difference, form: str) -> list[str]:
@@ -126,22 +126,22 @@ class Report:
         return sentences if len(self.variants) > 1 else ["One variant alone is no comparison.", *sentences]
 
     def _compared(self, variant: Variant) -> str:
-        by_name = {figure.name: figure for figure in FIGURES}
-        found: dict[Figure, Difference] = {}
+        by_name = {stat.name: stat for stat in STATS}
+        found: dict[Stat, Difference] = {}
         for choices in _OF_INTEREST:
-            for figure in (by_name[name] for name in choices):
-                if (one := self._difference(variant, figure)) is not None:
-                    found[figure] = one
+            for stat in (by_name[name] for name in choices):
+                if (one := self._difference(variant, stat)) is not None:
+                    found[stat] = one
                     break
         if not found:
             return f"{variant.name} and {self.baseline.name} have no seed or no step in common: nothing is compared."
         pairs = max(one.pairs for one in found.values())
         head = f"{variant.name} against {self.baseline.name}"
         values = {
-            figure: f"{figure.name} {one.value:+z{figure.form}}"
-            + (f" ({one.interval[0]:+z{figure.form}} to {one.interval[1]:+z{figure.form}})" if one.interval else "")
-            + f" at step {self.at(figure)}"
-            for figure, one in found.items()
+            stat: f"{stat.name} {one.value:+z{stat.form}}"
+            + (f" ({one.interval[0]:+z{stat.form}} to {one.interval[1]:+z{stat.form}})" if one.interval else "")
+            + f" at step {self.at(stat)}"
+            for stat, one in found.items()
         }
         if all(one.interval is None for one in found.values()):
             runs = "one run per variant" if pairs == 1 else f"{pairs} pairs of runs"
@@ -169,7 +169,7 @@ class Report:
         )
 
     def write(self, folder: Path) -> None:
-        """Write ``index.html``, ``report.md``, every figure as PNG and SVG and the first ones as ``overview.png``."""
+        """Write ``index.html``, ``report.md``, every plot as PNG and SVG and the first ones as ``overview.png``."""
         folder.mkdir(parents=True, exist_ok=True)
         for one in self.drawings:
             drawing.write_files(one, folder)
@@ -184,8 +184,8 @@ class Report:
         parts = [f"# {self.title()}", f"At step {self.at(TOKENS)}.", _bullets(self.sentences())]
         parts += ["**Not a fair comparison:**\n\n" + _bullets(self.settings.warnings)] if self.settings.warnings else []
         parts += ["**Could not be read:**\n\n" + _bullets(self.problems)] if self.problems else []
-        parts += ["## Final figures", markdown.table(*self.final_table())]
-        parts += [_NOTE, "## Figures"]
+        parts += ["## Final values", markdown.table(*self.final_table())]
+        parts += [_NOTE, "## Plots"]
         parts += [f"![{d.title}]({d.name}.png)\n\n{d.caption}" for d in self.drawings]
         if self.difference_table()[1]:
             parts += [f"## Differences to {self.baseline.name}", markdown.table(*self.difference_table())]
@@ -243,7 +243,7 @@ def _bullets(lines: Sequence[str]) -> str:
 
 
 def markdown_table(report: Report) -> str:
-    """The table of final figures."""
+    """The table of final values."""
     return markdown.table(*report.final_table())
 
 
@@ -303,10 +303,10 @@ _PAGE = """<!doctype html>
 <main>
 {sentences}
 {boxes}
-<h2>Final figures</h2>
+<h2>Final values</h2>
 {final}
 <p class="note">{note}</p>
-<h2>Figures</h2>
+<h2>Plots</h2>
 <div class="charts">
 {charts}
 </div>

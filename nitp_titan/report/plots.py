@@ -1,4 +1,4 @@
-"""Which figures a comparison has, and what is drawn in each."""
+"""The plots of a comparison."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from nitp_titan.report.stats import phases, smoothed
 # Readable on white and on near-black; the first is the baseline's.
 COLORS = ("#7f8794", "#e0662f", "#3b86c8", "#2e9e6b", "#b768b0", "#c79a1e", "#4fb0b8", "#c4505f")
 _SPECTRUM_STYLES = ("solid", "dashed", "dotted", "dashdot")
-# Figures of a state: key -> title, unit and what is special about its axis over steps.
+# Statistics of a state: key -> title, unit and settings of its axis over steps.
 _GEOMETRY = {
     "effective_rank": ("Effective rank", "effective rank (log scale)", {"log": True}),
     "cosine": ("Average cosine similarity", "cosine, all pairs", {}),
@@ -30,7 +30,7 @@ OVERVIEW = ("ntp_loss", "nitp_loss", "effective_rank", "cosine")
 
 
 def drawings(variants: Sequence[Variant], spectrum_steps: Sequence[int] = ()) -> list[Drawing]:
-    """All figures that the runs have data for."""
+    """All plots that the runs have data for."""
     several = any(len(variant.runs) > 1 for variant in variants)
     band = " Line: mean over seeds; band: smallest to largest." if several else ""
     return [
@@ -66,10 +66,8 @@ def _geometry(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
             "Last hidden states of the same validation tokens in all variants.",
         ),
     ):
-        for figure, (title, label, axis) in _GEOMETRY.items():
-            yield from _plain(
-                variants, of("hidden", figure), prefix + figure, title + where, caption + band, label, **axis
-            )
+        for stat, (title, label, axis) in _GEOMETRY.items():
+            yield from _plain(variants, of("hidden", stat), prefix + stat, title + where, caption + band, label, **axis)
     yield from _plain(
         variants,
         _measured("target", "effective_rank"),
@@ -91,15 +89,13 @@ def _spectra(variants: Sequence[Variant], wanted: Sequence[int], several: bool) 
 
 def _layers(variants: Sequence[Variant]) -> Iterator[Drawing]:
     runs = [run for variant in variants for run in variant.runs]
-    for figure, (title, label, _) in _GEOMETRY.items():
+    for stat, (title, label, _) in _GEOMETRY.items():
         # Layers of different steps say nothing of the variants.
-        steps = common_steps(run.geometry_series("layer_0", figure) for run in runs)
+        steps = common_steps(run.geometry_series("layer_0", stat) for run in runs)
         if steps:
             caption = f"Output of every layer at step {steps[-1]:,}."
             label = label.removesuffix(" (log scale)")
-            yield Drawing(
-                f"layers_{figure}", f"{title} by layer", caption, _by_layer(variants, figure, label, steps[-1])
-            )
+            yield Drawing(f"layers_{stat}", f"{title} by layer", caption, _by_layer(variants, stat, label, steps[-1]))
 
 
 def _training(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
@@ -117,7 +113,7 @@ def _training(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
 def _plain(
     variants: Sequence[Variant], of: Callable[[Run], Series], name: str, title: str, caption: str, label: str, **limits
 ) -> Iterator[Drawing]:
-    """The curves of a figure as they are, if a run has it."""
+    """The curves of a stat as they are, if a run has it."""
     if _any(variants, of):
         yield Drawing(name, title, caption, _labelled(_curves(variants, of), label, **limits))
 
@@ -126,12 +122,12 @@ def _logged(key: str) -> Callable[[Run], Series]:
     return lambda run: run.series(key)
 
 
-def _measured(state: str, figure: str) -> Callable[[Run], Series]:
-    return lambda run: run.geometry_series(state, figure)
+def _measured(state: str, stat: str) -> Callable[[Run], Series]:
+    return lambda run: run.geometry_series(state, stat)
 
 
-def _validated(state: str, figure: str) -> Callable[[Run], Series]:
-    return lambda run: run.validation_geometry_series(state, figure)
+def _validated(state: str, stat: str) -> Callable[[Run], Series]:
+    return lambda run: run.validation_geometry_series(state, stat)
 
 
 def _any(variants: Sequence[Variant], of: Callable[[Run], Series]) -> bool:
@@ -139,7 +135,7 @@ def _any(variants: Sequence[Variant], of: Callable[[Run], Series]) -> bool:
 
 
 def color(variants: Sequence[Variant], variant: Variant) -> str:
-    """The variant's colour, the same in every figure."""
+    """The variant's colour, the same in every plot."""
     return COLORS[variants.index(variant) % len(COLORS)]
 
 
@@ -284,10 +280,10 @@ def chosen_steps(variants: Sequence[Variant], wanted: Sequence[int] = ()) -> lis
     return sorted(nearest, reverse=True)[: len(_SPECTRUM_STYLES)]
 
 
-def _by_layer(variants: Sequence[Variant], figure: str, label: str, step: int) -> Callable[[Axes], None]:
+def _by_layer(variants: Sequence[Variant], stat: str, label: str, step: int) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for variant in variants:
-            rows = [profile for run in variant.runs if (profile := _profile(run, figure, step))]
+            rows = [profile for run in variant.runs if (profile := _profile(run, stat, step))]
             numbers = sorted(set.intersection(*(set(row) for row in rows))) if rows else []
             if numbers:
                 line = [fmean(row[number] for row in rows) for number in numbers]
@@ -300,8 +296,8 @@ def _by_layer(variants: Sequence[Variant], figure: str, label: str, step: int) -
     return draw
 
 
-def _profile(run: Run, figure: str, step: int) -> dict[int, float]:
-    """Layer -> figure at a step of a run; empty if layers were not measured."""
+def _profile(run: Run, stat: str, step: int) -> dict[int, float]:
+    """Layer -> stat at a step of a run; empty if layers were not measured."""
     states = next((record for record in run.geometry if record["step"] == step), {})
-    layers = {int(s.removeprefix("layer_")): v for s, v in states.items() if s.startswith("layer_") and figure in v}
-    return {number: values[figure] for number, values in layers.items()}
+    layers = {int(s.removeprefix("layer_")): v for s, v in states.items() if s.startswith("layer_") and stat in v}
+    return {number: values[stat] for number, values in layers.items()}

@@ -12,17 +12,17 @@ from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.folder import write_page
 from nitp_titan.report.plots import COLORS
 
-Figures = dict[str, Any]
+Stats = dict[str, Any]
 """Of a state, from `geometry.describe`."""
 
 
-def _of_dim(figure: str) -> Callable[[Figures], float]:
+def _of_dim(stat: str) -> Callable[[Stats], float]:
     # A spectrum ends at the last of all ranks.
-    return lambda figures: figures[figure] / figures["spectrum"]["rank"][-1]
+    return lambda stats: stats[stat] / stats["spectrum"]["rank"][-1]
 
 
-def _plain(figure: str) -> Callable[[Figures], float]:
-    return lambda figures: figures[figure]
+def _plain(stat: str) -> Callable[[Stats], float]:
+    return lambda stats: stats[stat]
 
 
 # Row of the table of last hidden states -> its value and form.
@@ -40,7 +40,7 @@ _BY_LAYER_OF_DIFFERENT_DIMS = ("effective rank", "effective rank / dim", "averag
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown tables of the last hidden states and of a figure by layer each; differences are to the first model."""
+    """Markdown tables of the last hidden states and of a stat by layer each; differences are to the first model."""
     models = result["models"]
     names, others = [model["name"] for model in models], models[1:]
     columns = [*names, *(f"{other['name']} - {names[0]}" for other in others)]
@@ -62,7 +62,7 @@ def tables(result: dict[str, Any]) -> str:
 def _cells(models: Sequence[dict[str, Any]], state: str, row: str) -> list[str]:
     """Value of every model, then the differences to the first; ``-`` without a value."""
     of, form = _ROWS[row]
-    values = [of(figures) if (figures := model["states"].get(state)) else None for model in models]
+    values = [of(stats) if (stats := model["states"].get(state)) else None for model in models]
     first = values[0]
     differences = [None if value is None or first is None else value - first for value in values[1:]]
     cells = ["-" if value is None else f"{value:z{form}}" for value in values]
@@ -74,12 +74,12 @@ def drawings(result: dict[str, Any]) -> list[Drawing]:
     models = result["models"]
     caption = "What enters the first layer and leaves each; open: the last hidden state, after the final norm."
     found = []
-    for figure, title, label in (
+    for stat, title, label in (
         ("effective_rank", "Effective rank by layer", "effective rank"),
         ("cosine", "Average cosine similarity by layer", "cosine, all pairs"),
     ):
         if any(model["states"] for model in models):
-            found.append(Drawing(f"layers_{figure}", title, caption, _by_layer(models, figure, label)))
+            found.append(Drawing(f"layers_{stat}", title, caption, _by_layer(models, stat, label)))
     if any(_spectrum(model) for model in models):
         caption = "Covariance of the last hidden states."
         found.append(Drawing("spectrum", "Spectrum of the last hidden state", caption, _spectra(models)))
@@ -90,15 +90,15 @@ def _colored(models: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any],
     return ((model, COLORS[index % len(COLORS)]) for index, model in enumerate(models))
 
 
-def _by_layer(models: Sequence[dict[str, Any]], figure: str, label: str) -> Callable[[Axes], None]:
+def _by_layer(models: Sequence[dict[str, Any]], stat: str, label: str) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for model, color in _colored(models):
             states, numbers = model["states"], range(model["num_layers"] + 1)
-            points = [(n, states[f"layer_{n}"][figure]) for n in numbers if f"layer_{n}" in states]
+            points = [(n, states[f"layer_{n}"][stat]) for n in numbers if f"layer_{n}" in states]
             if points:
                 axes.plot(*zip(*points), color=color, marker="o", markersize=3.5, label=model["name"])
             if "hidden" in states:
-                last, label_of_last = (model["num_layers"], states["hidden"][figure]), None if points else model["name"]
+                last, label_of_last = (model["num_layers"], states["hidden"][stat]), None if points else model["name"]
                 style: dict[str, Any] = {
                     "marker": "D",
                     "markersize": 5.5,
@@ -129,7 +129,7 @@ def _spectra(models: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The page ``geometry.md``: tables, warnings, figures, settings."""
+    """The page ``geometry.md``: tables, warnings, plots, settings."""
     settings, versions = result["settings"], result["versions"]
     names = [model["name"] for model in result["models"]]
     against = f"{', '.join(names[1:])} against {names[0]}" if len(names) > 1 else names[0]
@@ -142,7 +142,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write(result: dict[str, Any], out: Path) -> list[Path]:
-    """Write ``geometry.json``, ``geometry.md``, every figure as PNG and SVG, and all in one ``geometry.png``.
+    """Write ``geometry.json``, ``geometry.md``, every plot as PNG and SVG, and all in one ``geometry.png``.
 
     Returns:
         The files. They appear once all of them are complete.

@@ -58,20 +58,20 @@ class Run:
         return self.settings.get("training.steps")
 
     def series(self, key: str) -> Series:
-        """Steps and values of a figure of metrics.jsonl, where it was logged."""
+        """Steps and values of a stat of metrics.jsonl, where it was logged."""
         return _series(self.records, [key])
 
     def validation_series(self) -> Series:
         """Steps and validation NTP losses."""
         return _series(self.validation, ["ntp_loss"])
 
-    def geometry_series(self, state: str, figure: str) -> Series:
-        """Steps and values of a figure of training mini-batches."""
-        return _series(self.geometry, [state, figure])
+    def geometry_series(self, state: str, stat: str) -> Series:
+        """Steps and values of a stat of training mini-batches."""
+        return _series(self.geometry, [state, stat])
 
-    def validation_geometry_series(self, state: str, figure: str) -> Series:
-        """Steps and values of a figure of the fixed validation batches."""
-        return _series(self.validation_geometry, [state, figure])
+    def validation_geometry_series(self, state: str, stat: str) -> Series:
+        """Steps and values of a stat of the fixed validation batches."""
+        return _series(self.validation_geometry, [state, stat])
 
 
 def _series(records: list[dict[str, Any]], path: Sequence[str]) -> Series:
@@ -236,8 +236,7 @@ def differences(variants: Sequence[Variant]) -> Differences:
     last = {run.last_step for variant in variants for run in variant.runs}
     if len(last) > 1:
         warnings.append(
-            f"the runs are at steps {min(last):,} to {max(last):,}: figures are compared at steps that all of them "
-            "have."
+            f"the runs are at steps {min(last):,} to {max(last):,}: values are compared at steps that all of them have."
         )
     if len(known) < len(variants):
         unknown = ", ".join(variant.name for variant in variants if not variant.settings)
@@ -246,6 +245,6 @@ def differences(variants: Sequence[Variant]) -> Differences:
 
 
 def common_steps(series: Iterable[Series]) -> list[int]:
-    """Steps at which every run has a figure, of the runs that have it at all: no other ones can be compared."""
+    """Steps at which every run has a stat, of the runs that have it at all: no other ones can be compared."""
     measured = [set(steps) for steps, _ in series if steps]
     return sorted(set.intersection(*measured)) if measured else []

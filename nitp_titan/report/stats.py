@@ -14,7 +14,7 @@ from nitp_titan.report.runs import (
     Variant,
 )
 
-# Share of the run that the "final" figures average over: single batches are noisy.
+# Share of the run that the "final" values average over: single batches are noisy.
 FINAL_SHARE = 0.1
 _SMOOTHING_SHARE = 0.04
 _RESAMPLES = 10_000
@@ -75,8 +75,8 @@ def last(series: Series) -> float | None:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A final figure of a run, and how it is shown."""
+class Stat:
+    """A final stat of a run, and how it is shown."""
 
     name: str
     form: str
@@ -88,7 +88,7 @@ class Figure:
     """Whether a difference of variants means something about training."""
 
     def steps(self, runs: Sequence[Run]) -> list[int]:
-        """Steps that the figure is made from, the same for all runs that have it."""
+        """Steps that the stat is made from, the same for all runs that have it."""
         common = common_steps(self.series(run) for run in runs)
         return common[-_final_count(common) :] if self.averaged else common[-1:]
 
@@ -98,15 +98,15 @@ class Figure:
         return fmean(values[step] for step in steps) if steps and values.keys() >= set(steps) else None
 
 
-TOKENS = Figure("tokens", ",.0f", lambda run: run.series("tokens"), compared=False)
-FIGURES = [
-    Figure("NTP loss", ".4f", lambda run: run.series("ntp_loss"), averaged=True),
-    Figure("validation NTP loss", ".4f", lambda run: run.validation_series()),
-    Figure("NITP loss", ".4f", lambda run: run.series("nitp_loss"), averaged=True, compared=False),
-    Figure("effective rank", ".1f", lambda run: run.geometry_series("hidden", "effective_rank"), averaged=True),
-    Figure("cosine", ".3f", lambda run: run.geometry_series("hidden", "cosine"), averaged=True),
-    Figure("validation effective rank", ".1f", lambda run: run.validation_geometry_series("hidden", "effective_rank")),
-    Figure("validation cosine", ".3f", lambda run: run.validation_geometry_series("hidden", "cosine")),
+TOKENS = Stat("tokens", ",.0f", lambda run: run.series("tokens"), compared=False)
+STATS = [
+    Stat("NTP loss", ".4f", lambda run: run.series("ntp_loss"), averaged=True),
+    Stat("validation NTP loss", ".4f", lambda run: run.validation_series()),
+    Stat("NITP loss", ".4f", lambda run: run.series("nitp_loss"), averaged=True, compared=False),
+    Stat("effective rank", ".1f", lambda run: run.geometry_series("hidden", "effective_rank"), averaged=True),
+    Stat("cosine", ".3f", lambda run: run.geometry_series("hidden", "cosine"), averaged=True),
+    Stat("validation effective rank", ".1f", lambda run: run.validation_geometry_series("hidden", "effective_rank")),
+    Stat("validation cosine", ".3f", lambda run: run.validation_geometry_series("hidden", "cosine")),
 ]
 
 
@@ -125,15 +125,15 @@ class Difference:
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
 
-def difference(variant: Variant, baseline: Variant, figure: Figure, steps: Sequence[int]) -> Difference | None:
-    """Paired difference ``variant - baseline`` of a final figure at the same steps; None without a pair.
+def difference(variant: Variant, baseline: Variant, stat: Stat, steps: Sequence[int]) -> Difference | None:
+    """Paired difference ``variant - baseline`` of a final stat at the same steps; None without a pair.
 
     Runs of the same seed are a pair; where no seed is known, runs in their order.
     """
     values = [
         (ours, theirs)
         for run, other in paired(variant, baseline)
-        if (ours := figure.of(run, steps)) is not None and (theirs := figure.of(other, steps)) is not None
+        if (ours := stat.of(run, steps)) is not None and (theirs := stat.of(other, steps)) is not None
     ]
     differences = [ours - theirs for ours, theirs in values]
     if not differences:

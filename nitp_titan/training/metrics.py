@@ -216,7 +216,7 @@ class NITPMetrics(MetricsProcessor):
 
 
 def _scalars(group: str, stats: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Figures by state as tags of trackers, without the spectra."""
+    """Statistics by state as tags of trackers, without the spectra."""
     return {
         f"{group}/{state}/{name}": value
         for state, values in stats.items()
@@ -270,7 +270,7 @@ class RecordLogger(BaseLogger):
 
     Args:
         file: where to.
-        names: our name of a figure <- TorchTitan's metric key. Metrics without the first
+        names: our name of a statistic <- TorchTitan's metric key. Metrics without the first
             key are not of this file and are passed over.
     """
 

@@ -9,7 +9,7 @@ measured    NTP, NITP and MTP take turns step by step on the same batches. On a 
 full_size   FLOPs, activation memory and communication of the paper's seven models, counted on fake tensors.
 growth      NITP's share against sequence length, model dimension and number of ranks, counted likewise.
 
-Writes overhead.json, overhead.md and figures.
+Writes overhead.json, overhead.md and plots.
 """
 
 import argparse

@@ -144,7 +144,7 @@ def _largest_that_fits(train_config: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on, and when."""
+    """Machine, versions and date of the measurement."""
     device, versions = "CPU" if cpu.active() else torch.cuda.get_device_name(), provenance.versions()
     return {
         "device": device,

@@ -1,6 +1,6 @@
 """What NITP costs at full size, as rows of plain numbers: FLOPs, memory, communication, and how they grow.
 
-Shares are fractions of NTP's figure: 0.01 is one percent more. Bytes are those of one rank.
+Shares are fractions of NTP's value: 0.01 is one percent more. Bytes are those of one rank.
 """
 
 from collections.abc import Callable, Collection

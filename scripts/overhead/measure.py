@@ -40,17 +40,15 @@ def measure(
         log: takes lines of progress.
 
     Returns:
-        ``{"tokens_per_step", "rounds", "variants": {name: figures}}``; see `_figures`.
+        ``{"tokens_per_step", "rounds", "variants": {name: stats}}``; see `_stats`.
     """
     with _trainers(configs, num_rounds + num_warmup, log) as trainers:
         times = step_times(trainers, num_rounds=num_rounds, num_warmup=num_warmup, log=log)
         costs = {name: _traced(trainer) for name, trainer in trainers.items()}
         some = next(iter(trainers.values())).config.training
         num_tokens = some.global_batch_size * some.seq_len
-        figures = {
-            name: _figures(name, trainer, times, costs, num_tokens=num_tokens) for name, trainer in trainers.items()
-        }
-    return {"tokens_per_step": num_tokens, "rounds": num_rounds, "variants": figures}
+        stats = {name: _stats(name, trainer, times, costs, num_tokens=num_tokens) for name, trainer in trainers.items()}
+    return {"tokens_per_step": num_tokens, "rounds": num_rounds, "variants": stats}
 
 
 def peak_bytes(configs: dict[str, NITPTrainer.Config]) -> dict[str, int]:
@@ -173,7 +171,7 @@ def _device_peak(trainer: NITPTrainer, batches: list[Batch]) -> int:
     return torch.accelerator.max_memory_allocated(trainer.device) - before
 
 
-def _figures(
+def _stats(
     name: str,
     trainer: NITPTrainer,
     times: dict[str, list[float]],

@@ -1,4 +1,4 @@
-"""The page of scripts/overhead: tables, figures and the numbers themselves."""
+"""The page of scripts/overhead: tables, plots and the numbers themselves."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from nitp_titan.report.drawing import Drawing
 from nitp_titan.report.folder import write_page
 from nitp_titan.report.plots import COLORS
 
-Figures = dict[str, Any]
+Stats = dict[str, Any]
 
 _FILE = "overhead.json"
 # Bars of the project: what NITP may cost at most.
@@ -38,12 +38,12 @@ _MANY_ROUNDS = 1_000_000
 _ARM_COLORS = dict(zip(("NTP", "NITP", "MTP"), COLORS))
 
 
-def merged(out: Path, part: str, found: Figures) -> Figures:
+def merged(out: Path, part: str, found: Stats) -> Stats:
     """What the folder holds already, with a new result of one part."""
     return {**read(out), part: found}
 
 
-def read(out: Path) -> Figures:
+def read(out: Path) -> Stats:
     """Results of the parts that were run so far; UserError if the file is damaged."""
     path = out / _FILE
     if not path.exists():
@@ -54,24 +54,24 @@ def read(out: Path) -> Figures:
         raise UserError(f"{path} cannot be read: {error}. Remove it, or choose another folder with --out.") from None
 
 
-def as_json(result: Figures) -> str:
+def as_json(result: Stats) -> str:
     """The text of ``overhead.json``."""
     return json.dumps(result, indent=1, allow_nan=False)
 
 
-def tables(result: Figures) -> str:
+def tables(result: Stats) -> str:
     """All tables, in Markdown."""
     return "\n\n".join(section(result[part]) for part, section in _SECTIONS.items() if part in result)
 
 
-def markdown(result: Figures) -> str:
+def markdown(result: Stats) -> str:
     """The page ``overhead.md``."""
-    figures = [f"![{one.title}]({one.name}.png)\n\n{one.caption}" for one in drawings(result)]
-    return "\n\n".join(["# What NITP costs", tables(result), *figures]) + "\n"
+    plots = [f"![{one.title}]({one.name}.png)\n\n{one.caption}" for one in drawings(result)]
+    return "\n\n".join(["# What NITP costs", tables(result), *plots]) + "\n"
 
 
-def write(result: Figures, out: Path) -> list[Path]:
-    """Write ``overhead.json``, ``overhead.md``, every figure as PNG and SVG, and all in one ``overhead.png``.
+def write(result: Stats, out: Path) -> list[Path]:
+    """Write ``overhead.json``, ``overhead.md``, every plot as PNG and SVG, and all in one ``overhead.png``.
 
     Returns:
         The files. They appear once all of them are complete.
@@ -86,7 +86,7 @@ def _percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{100 * value:+z.{digits}f}%"
 
 
-def _measured(part: Figures) -> str:
+def _measured(part: Stats) -> str:
     machine = part["machine"]
     where = (
         f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), torch {machine['torch']}, "
@@ -107,18 +107,18 @@ def _measured(part: Figures) -> str:
     return "\n\n".join(blocks)
 
 
-def flop_overhead(variants: Figures, name: str) -> float | None:
+def flop_overhead(variants: Stats, name: str) -> float | None:
     """Matrix products that a variant adds to the baseline, as a fraction (App. G); None where they were not counted."""
     ntp = variants["NTP"]["matmul_flops"]
     return ntp and variants[name]["matmul_flops"] / ntp - 1
 
 
-def time_overhead(variants: Figures, name: str) -> float:
+def time_overhead(variants: Stats, name: str) -> float:
     """Median of a variant's steps over those of the baseline in the same round, minus one."""
     return variants[name]["ratio"]["median"] - 1
 
 
-def _measured_table(variants: Figures) -> str:
+def _measured_table(variants: Stats) -> str:
     header = ["variant", "FLOPs per token", "added", "added, attention counted", "step time", "added", "quartiles",
               "95% interval", "tokens/s", "MFU", "peak activations", "added"]  # fmt: skip
     rows = []
@@ -150,7 +150,7 @@ def _range(ratios: tuple[float, float] | None) -> str:
     return "-" if ratios is None else " to ".join(_percent(ratio - 1) for ratio in ratios)
 
 
-def _bars(setting: Figures) -> list[str]:
+def _bars(setting: Stats) -> list[str]:
     """Sentences on the bars that a measurement decides, or on how many rounds would decide them."""
     variants, rounds = setting["variants"], setting["rounds"]
     flops, seconds, interval = (
@@ -178,7 +178,7 @@ def _bars(setting: Figures) -> list[str]:
     return [" ".join(lines)]
 
 
-def _mtp_bar(variants: Figures, rounds: int) -> str:
+def _mtp_bar(variants: Stats, rounds: int) -> str:
     """How many times NITP's time MTP adds; NITP's is known to be above 0."""
     (low, high), (mtp_low, mtp_high) = (_interval(variants, name) for name in ("NITP", "MTP"))
     times = time_overhead(variants, "MTP") / time_overhead(variants, "NITP")
@@ -191,7 +191,7 @@ def _mtp_bar(variants: Figures, rounds: int) -> str:
     return f"{said}. The noise hides on which side of the bar it is. {_about(needed)} would show it."
 
 
-def _interval(variants: Figures, name: str) -> tuple[float, float]:
+def _interval(variants: Stats, name: str) -> tuple[float, float]:
     """95% interval of a variant's overhead in time."""
     low, high = variants[name]["ratio"]["interval"]
     return low - 1, high - 1
@@ -222,7 +222,7 @@ def _about(rounds: int | None) -> str:
     return f"More than {_MANY_ROUNDS:,} rounds" if rounds is None else f"About {rounds:,} rounds"
 
 
-def _full_size(part: Figures) -> str:
+def _full_size(part: Stats) -> str:
     blocks = ["**The paper's models, one sequence of 8,192 tokens on one of 8 ranks (FSDP), counted on fake tensors.**"]
     header = ["model", "FLOPs per token", "NITP adds", "App. G", "points apart", "adds, attention counted", "MTP adds"]
     rows = [
@@ -243,13 +243,13 @@ def _full_size(part: Figures) -> str:
     return "\n\n".join(blocks)
 
 
-def _setting(row: Figures) -> tuple[str, str]:
+def _setting(row: Stats) -> tuple[str, str]:
     """Column of a row of memory: of which variant, and how activations are kept."""
     chunks = ", loss in one chunk" if row["num_chunks"] == 1 else ""
     return row["variant"], f"{row['checkpointing']} AC{chunks}"
 
 
-def _memory_table(memory: list[Figures]) -> str:
+def _memory_table(memory: list[Stats]) -> str:
     by_place = {(row["model"], *_setting(row)): row for row in memory}
     columns = list(dict.fromkeys(_setting(row) for row in memory))
     names = [name if variant == "NITP" else f"{variant}, {name}" for variant, name in columns]
@@ -265,11 +265,11 @@ def _memory_table(memory: list[Figures]) -> str:
     return f"{table(['model', *names], rows)}\n\n{caption}"
 
 
-def _memory_cell(row: Figures) -> str:
+def _memory_cell(row: Stats) -> str:
     return f"{row['ntp_peak_bytes'] / 2**30:.2f} GiB {_percent(row['share'])}"
 
 
-def _communication_table(rows: list[Figures]) -> str:
+def _communication_table(rows: list[Stats]) -> str:
     header = ["layout", "model", "collective", "axis", "what", "calls", "MB", "NTP's calls", "NTP's MB"]
     cells = [
         [
@@ -293,7 +293,7 @@ _GROWTH = {"seq_len": "tokens of a sequence", "dim": "model dimension", "num_ran
 _SHARES = {"flops": "FLOPs", "peak_bytes": "activations", "payload": "communication"}
 
 
-def _growth(part: Figures) -> str:
+def _growth(part: Stats) -> str:
     blocks = ["**How NITP's share grows, counted on fake tensors, selective activation checkpointing.**"]
     for axis, name in _GROWTH.items():
         rows = [[row["series"], f"{row['x']:,}", *(_percent(row[share]) for share in _SHARES)] for row in part[axis]]
@@ -301,8 +301,8 @@ def _growth(part: Figures) -> str:
     return "\n\n".join(blocks)
 
 
-def drawings(result: Figures) -> list[Drawing]:
-    """Figures of the parts that were run."""
+def drawings(result: Stats) -> list[Drawing]:
+    """Plots of the parts that were run."""
     found = []
     if "measured" in result:
         for number, (name, setting) in enumerate(result["measured"]["settings"].items()):
@@ -322,7 +322,7 @@ def drawings(result: Figures) -> list[Drawing]:
 _STYLES = ("solid", "dashed")
 
 
-def _draw_growth(part: Figures, axis: str) -> Callable[[Axes], None]:
+def _draw_growth(part: Stats, axis: str) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         series = list(dict.fromkeys(row["series"] for row in part[axis]))
         for style, name in zip(_STYLES, series):
@@ -341,7 +341,7 @@ def _draw_growth(part: Figures, axis: str) -> Callable[[Axes], None]:
     return draw
 
 
-def _draw_measured(variants: Figures) -> Callable[[Axes], None]:
+def _draw_measured(variants: Stats) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for place, name in enumerate(variant for variant in variants if variant != "NTP"):
             flops, seconds = flop_overhead(variants, name), 100 * time_overhead(variants, name)
@@ -359,4 +359,4 @@ def _draw_measured(variants: Figures) -> Callable[[Axes], None]:
     return draw
 
 
-_SECTIONS: dict[str, Callable[[Figures], str]] = {"measured": _measured, "full_size": _full_size, "growth": _growth}
+_SECTIONS: dict[str, Callable[[Stats], str]] = {"measured": _measured, "full_size": _full_size, "growth": _growth}

@@ -47,8 +47,8 @@ def _validation(run: Run) -> float | None:
     return last(run.validation_series())
 
 
-def _validated(figure: str, state: str = "hidden") -> Value:
-    return lambda run: last(run.validation_geometry_series(state, figure))
+def _validated(stat: str, state: str = "hidden") -> Value:
+    return lambda run: last(run.validation_geometry_series(state, stat))
 
 
 def _rank_over_peak(run: Run) -> float | None:
@@ -62,7 +62,7 @@ class Mechanism:
     """A claim of the paper that one number can bear out or not."""
 
     claim: str
-    figure: str
+    stat: str
     of: Value
     form: str
     variant: str
@@ -169,7 +169,7 @@ def read_study(folder: Path) -> dict[str, Variant]:
 
 def mechanisms_table(variants: dict[str, Variant]) -> str:
     """Markdown table of the mechanisms whose variants have finished runs, and how to read it."""
-    header = ["claim", "figure", "variant", "value", "baseline", "difference (95% interval)", "seeds", "seen"]
+    header = ["claim", "statistic", "variant", "value", "baseline", "difference (95% interval)", "seeds", "seen"]
     rows = [row for mechanism in MECHANISMS if (row := _row(mechanism, variants))]
     if not rows:
         return "No claim has finished runs of both its variants yet."
@@ -198,7 +198,7 @@ def _row(mechanism: Mechanism, variants: dict[str, Variant]) -> list[str] | None
         reference = [f"{fmean([theirs for _, theirs in pairs]):z{form}}", shown]
     value = f"{fmean(values):z{form}} ({min(values):z{form}} to {max(values):z{form}})"
     names = f"{mechanism.variant}" + (f" against {mechanism.baseline}" if mechanism.baseline else "")
-    return [mechanism.claim, mechanism.figure, names, value, *reference, str(len(values)), _seen(mechanism, interval)]
+    return [mechanism.claim, mechanism.stat, names, value, *reference, str(len(values)), _seen(mechanism, interval)]
 
 
 def _seen(mechanism: Mechanism, interval: tuple[float, float] | None) -> str:

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models and their figures computed by hand, for the tests of the evaluation."""
+"""Tiny Hugging Face models and their stats computed by hand, for the tests of the evaluation."""
 
 import json
 from collections.abc import Iterator

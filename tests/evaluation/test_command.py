@@ -64,13 +64,13 @@ def _choices(folder: Path, passages: list[dict], *, by_char: bool) -> list[float
     loaded = load(folder)
     right = []
     for passage in passages:
-        figures = []
+        stats = []
         for choice in passage["choices"]:
             whole = loaded.tokenizer.encode(passage["context"] + choice)
             start = len(loaded.tokenizer.encode(passage["context"]))
-            figure = log_probs(loaded.model, whole)[start - 1 :].sum().item()
-            figures.append(figure / len(choice) if by_char else figure)
-        right.append(float(max(range(4), key=figures.__getitem__) == passage["answer"]))
+            log_prob = log_probs(loaded.model, whole)[start - 1 :].sum().item()
+            stats.append(log_prob / len(choice) if by_char else log_prob)
+        right.append(float(max(range(4), key=stats.__getitem__) == passage["answer"]))
     return right
 
 
@@ -137,9 +137,9 @@ def test_the_page_says_what_was_run(launch, results, workplace):
     assert f"LIMITED to the first {LIMIT} documents" in page
     cell = _cells(results, "continuation", "acc")["NITP"]
     step = cell["difference"]
-    figures = [f"{100 * cell['value']:.2f} ± {100 * cell['stderr']:.2f}"]
-    figures.append(f"{100 * step['value']:+.2f} ± {100 * step['stderr']:.2f}")
-    assert f"| continuation | acc | 0-shot | {LIMIT} | " in page and " | ".join(figures) in page
+    stats = [f"{100 * cell['value']:.2f} ± {100 * cell['stderr']:.2f}"]
+    stats.append(f"{100 * step['value']:+.2f} ± {100 * step['stderr']:.2f}")
+    assert f"| continuation | acc | 0-shot | {LIMIT} | " in page and " | ".join(stats) in page
     assert "packed in sequences of 128 tokens (--seq-len)" in page
     assert "float32 on cpu; lm_eval 0.4.13, transformers" in page
     assert results["versions"]["lm_eval"] == "0.4.13" and results["baseline"] == "NTP"

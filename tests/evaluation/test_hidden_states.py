@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from geometry_of_models import assert_same_stats, DIM, FAMILIES, LAYERS, make, states_of, tokens_of, VOCABULARY
 from numpy.testing import assert_allclose
-from numpy_geometry import Largest, numpy_figures
-from probe_models import assert_same_figures, DIM, FAMILIES, LAYERS, make, states_of, tokens_of, VOCABULARY
+from numpy_geometry import Largest, numpy_stats
 from transformers import (
     PretrainedConfig,
 )
@@ -23,8 +23,8 @@ def test_figures_of_every_state_equal_numpy_on_the_states(family):
     assert left_out == [] and list(found) == [HIDDEN, *(f"layer_{n}" for n in range(LAYERS + 1))]
     for state, x in expected.items():
         assert found[state]["tokens"] == len(x) == 72
-        for figure, value in numpy_figures(x).items():
-            assert_allclose(found[state][figure], value, rtol=1e-5, atol=1e-7, err_msg=f"{state} {figure}")
+        for stat, value in numpy_stats(x).items():
+            assert_allclose(found[state][stat], value, rtol=1e-5, atol=1e-7, err_msg=f"{state} {stat}")
 
 
 def test_the_sampled_cosine_is_that_of_the_drawn_pairs():
@@ -48,7 +48,7 @@ def test_neither_batch_size_nor_padding_changes_a_figure(family):
     model, sequences = make(family), tokens_of(7, 21, 3, 40, 1)
     alone, _ = measure(model, sequences, batch_size=1, num_pairs=64)
     for batch_size in (2, 5, 64):
-        assert_same_figures(measure(model, sequences, batch_size=batch_size, num_pairs=64)[0], alone, 1e-5)
+        assert_same_stats(measure(model, sequences, batch_size=batch_size, num_pairs=64)[0], alone, 1e-5)
 
 
 def test_a_document_without_tokens_changes_nothing():
@@ -56,7 +56,7 @@ def test_a_document_without_tokens_changes_nothing():
     expected, _ = measure(model, sequences, batch_size=1, num_pairs=8)
     for batch_size in (1, 3):
         found, _ = measure(model, [sequences[0], *tokens_of(0), sequences[1]], batch_size=batch_size, num_pairs=8)
-        assert_same_figures(found, expected, 1e-5)
+        assert_same_stats(found, expected, 1e-5)
 
 
 def test_pairs_are_tokens_of_different_sequences_all_alike():
@@ -150,6 +150,6 @@ def test_a_state_that_was_not_seen_at_every_token_has_no_figures():
     collector.see("layer_1", torch.ones(2, 3, 8))
     collector.see("layer_2", torch.ones(6, 8))
     with pytest.raises(ValueError, match="seen at 6 tokens, not 12"):
-        collector.figures("layer_1", 12)
+        collector.stats("layer_1", 12)
     with pytest.raises(ValueError, match="does not show it"):
-        collector.figures("layer_2", 6)
+        collector.stats("layer_2", 6)

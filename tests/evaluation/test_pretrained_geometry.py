@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from matplotlib.image import imread
-from probe_models import (
+from geometry_of_models import (
     DIM,
     DOCUMENTS,
     LAYERS,
     make,
     SIZES,
 )
+from matplotlib.image import imread
 from processes import warm_python
 from transformers import (
     AutoTokenizer,

@@ -1,4 +1,4 @@
-"""What the model card says of the schedule is what was trained, and its figures are of the steps that it names."""
+"""What the model card says of the schedule is what was trained, and its stats are of the steps that it names."""
 
 import json
 import re

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from numpy_geometry import Largest, numpy_figures
+from numpy_geometry import Largest, numpy_stats
 
 from nitp_titan.geometry.statistics import (
     average_cosine,
@@ -44,15 +44,15 @@ CLOUDS = {
 @pytest.mark.parametrize("name", CLOUDS)
 def test_every_figure_equals_numpy_on_the_states(name):
     found = describe(moments_of(*CLOUDS[name].split(7)))
-    for figure, expected in numpy_figures(CLOUDS[name].numpy()).items():
-        assert_allclose(found[figure], expected, rtol=1e-5, err_msg=figure)
+    for stat, expected in numpy_stats(CLOUDS[name].numpy()).items():
+        assert_allclose(found[stat], expected, rtol=1e-5, err_msg=stat)
 
 
 def test_bfloat16_states_give_the_figures_of_their_values():
     cloud = (gaussian(300, 16) + 0.5).bfloat16()
     found = describe(moments_of(cloud))
-    for figure, expected in numpy_figures(cloud.float().numpy()).items():
-        assert_allclose(found[figure], expected, rtol=1e-9, err_msg=figure)
+    for stat, expected in numpy_stats(cloud.float().numpy()).items():
+        assert_allclose(found[stat], expected, rtol=1e-9, err_msg=stat)
 
 
 def test_an_isotropic_gaussian_uses_every_direction():
@@ -67,8 +67,8 @@ def test_k_equal_orthogonal_directions_have_rank_k(k):
     """Plus and minus each of k axes: mean zero, k equal eigenvalues."""
     axes = torch.eye(12)[:k]
     found = describe(moments_of(torch.cat([axes, -axes])))
-    for figure in ("effective_rank", "participation_ratio", "rankme"):
-        assert_allclose(found[figure], k, rtol=1e-12)
+    for stat in ("effective_rank", "participation_ratio", "rankme"):
+        assert_allclose(found[stat], k, rtol=1e-12)
 
 
 def test_rank_k_data_off_the_origin_never_exceeds_k():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import IGNORE, make_config, PackedDataLoader, train
 from numpy.testing import assert_allclose
-from numpy_geometry import numpy_figures
+from numpy_geometry import numpy_stats
 
 from nitp_titan.config.parallelism import check_parallelism
 from nitp_titan.errors import UserError
@@ -87,8 +87,8 @@ def test_a_measured_state_equals_numpy_on_all_valid_tokens_of_the_step(measured,
     (record,) = [record for record in read_records(folder / "geometry.jsonl") if record["step"] == step]
     x, valid = tokens_of(state, states, step), valid_tokens(state, step)
     assert record[state]["tokens"] == valid.sum()
-    for figure, expected in numpy_figures(x[valid]).items():
-        assert_allclose(record[state][figure], expected, rtol=1e-4, err_msg=figure)
+    for stat, expected in numpy_stats(x[valid]).items():
+        assert_allclose(record[state][stat], expected, rtol=1e-4, err_msg=stat)
     sequences, positions = sample_pairs(torch.full((4,), 128), 1024, seed=step)
     index = (sequences * 128 + positions).numpy()
     first, second = np.split(index, 2)

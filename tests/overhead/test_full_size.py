@@ -29,12 +29,12 @@ from overhead.full_size import Case, count_all
 given = json.loads(sys.argv[1])
 cases = {name: [Case(variant=variant, **case) for variant in ("NTP", "NITP")] for name, case in given.items()}
 results = count_all([case for pair in cases.values() for case in pair], log=lambda line: None)
-figures = lambda r: {
+stats = lambda r: {
     "matmul_flops": r.cost.matmul_flops, "attention_flops": r.cost.attention_flops, "peak_bytes": r.cost.peak_bytes,
     "prefetched": r.cost.prefetched_gathers, "collectives": as_rows(r.cost.collectives), "counts": vars(r.counts),
     "paper": [r.paper_flops, r.paper_nitp_flops], "state_bytes": r.state_bytes,
 }
-print(json.dumps({name: {variant: figures(next(results)) for variant in ("NTP", "NITP")} for name in cases}))
+print(json.dumps({name: {variant: stats(next(results)) for variant in ("NTP", "NITP")} for name in cases}))
 """
 _SHALLOW = {"recipe": "dense/nitp_3b", "seq_len": 2048, "shape": {"n_layers": 6}}
 CASES = {
@@ -55,7 +55,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def figures():
+def stats():
     """Of NTP and NITP by name of the case; in a process of its own, as this one may have a process group."""
     run = warm_python("-c", _ALL, json.dumps(CASES))
     assert run.returncode == 0, run.stderr
@@ -74,42 +74,42 @@ def _added(pair: dict) -> dict[tuple[str, str], tuple[int, int]]:
     return found
 
 
-def test_products_of_the_dense_model_are_six_per_parameter_used(figures):
+def test_products_of_the_dense_model_are_six_per_parameter_used(stats):
     d, kv, hidden = DENSE["dim"], DENSE["kv_dim"], DENSE["hidden"]
     layer = 2 * d * d + 2 * d * kv + 3 * d * hidden
-    ntp, nitp = (figures["dense"][variant]["matmul_flops"] / LENGTH for variant in ("NTP", "NITP"))
+    ntp, nitp = (stats["dense"][variant]["matmul_flops"] / LENGTH for variant in ("NTP", "NITP"))
     assert ntp == 6 * (DENSE["layers"] * layer + V * d)
     assert nitp - ntp == 6 * 12 * d * d
 
 
-def test_products_of_the_moe_model_are_six_per_parameter_used(figures):
+def test_products_of_the_moe_model_are_six_per_parameter_used(stats):
     d, kv = MOE["dim"], MOE["kv_dim"]
     attention = 2 * d * d + 2 * d * kv
     dense = 3 * d * MOE["dense_hidden"]
     experts = 3 * d * MOE["expert_hidden"] * MOE["used"] + d * MOE["experts"]
-    ntp, nitp = (figures["moe"][variant]["matmul_flops"] / LENGTH for variant in ("NTP", "NITP"))
+    ntp, nitp = (stats["moe"][variant]["matmul_flops"] / LENGTH for variant in ("NTP", "NITP"))
     assert ntp == 6 * (MOE["layers"] * attention + dense + (MOE["layers"] - 1) * experts + V * d)
     assert nitp - ntp == 6 * 12 * d * d
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
-def test_counted_products_are_those_of_the_built_model(figures, model):
+def test_counted_products_are_those_of_the_built_model(stats, model):
     for variant in ("NTP", "NITP"):
-        found = figures[model][variant]
+        found = stats[model][variant]
         assert found["matmul_flops"] / LENGTH == found["counts"]["flops"] + found["counts"]["nitp_flops"]
 
 
 @pytest.mark.parametrize("model, dim", [("dense", DENSE), ("moe", MOE)])
-def test_attention_is_counted_whole(figures, model, dim):
+def test_attention_is_counted_whole(stats, model, dim):
     # Scores and values; backward: the scores again, and two products for each of them. Heads together are as wide as d.
     expected = dim["layers"] * (2 + 5) * 2 * LENGTH * LENGTH * dim["dim"]
-    assert figures[model]["NTP"]["attention_flops"] == figures[model]["NITP"]["attention_flops"] == expected
+    assert stats[model]["NTP"]["attention_flops"] == stats[model]["NITP"]["attention_flops"] == expected
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
-def test_overhead_is_that_of_the_paper_within_a_tenth_of_a_point(figures, model):
-    ntp, nitp = (figures[model][variant]["matmul_flops"] for variant in ("NTP", "NITP"))
-    backbone, added = figures[model]["NITP"]["paper"]
+def test_overhead_is_that_of_the_paper_within_a_tenth_of_a_point(stats, model):
+    ntp, nitp = (stats[model][variant]["matmul_flops"] for variant in ("NTP", "NITP"))
+    backbone, added = stats[model]["NITP"]["paper"]
     assert abs((nitp / ntp - 1) - added / backbone) < FLOPS_BAR
 
 
@@ -132,54 +132,54 @@ def test_the_formula_gives_the_papers_own_numbers():
 
 
 @pytest.mark.parametrize("case", ["dense", "moe", "worst"])
-def test_memory_of_activations_grows_by_two_percent_at_most(figures, case):
-    ntp, nitp = (figures[case][variant]["peak_bytes"] for variant in ("NTP", "NITP"))
+def test_memory_of_activations_grows_by_two_percent_at_most(stats, case):
+    ntp, nitp = (stats[case][variant]["peak_bytes"] for variant in ("NTP", "NITP"))
     assert nitp <= (1 + MEMORY_BAR) * ntp
 
 
-def test_activations_of_a_dense_model_are_what_its_layers_keep(figures):
+def test_activations_of_a_dense_model_are_what_its_layers_keep(stats):
     """A lower bound by hand, bfloat16: both norms' outputs, queries, keys, values, attention and what the FFN keeps."""
     d, kv, hidden = DENSE["dim"], DENSE["kv_dim"], DENSE["hidden"]
     layer = 2 * LENGTH * (2 * d + d + 2 * kv + d + 4 * hidden)
     logits = LENGTH // 8 * V * (2 + 4 + 4)
-    peak = figures["dense"]["NTP"]["peak_bytes"]
+    peak = stats["dense"]["NTP"]["peak_bytes"]
     assert DENSE["layers"] * layer + logits < peak < 2 * (DENSE["layers"] * layer + logits)
 
 
-def test_states_are_sharded(figures):
+def test_states_are_sharded(stats):
     projector = 12 * DENSE["dim"] ** 2
-    ntp, nitp = (figures["dense"][variant]["state_bytes"] for variant in ("NTP", "NITP"))
+    ntp, nitp = (stats["dense"][variant]["state_bytes"] for variant in ("NTP", "NITP"))
     assert nitp - ntp == 16 * projector / 8
 
 
-def test_with_fsdp_the_projector_is_gathered_once_and_its_gradient_reduced_once(figures):
+def test_with_fsdp_the_projector_is_gathered_once_and_its_gradient_reduced_once(stats):
     for model, sizes in (("dense", DENSE), ("moe", MOE)):
         projector = 12 * sizes["dim"] ** 2
-        assert _added(figures[model]) == {
+        assert _added(stats[model]) == {
             ("all_gather", "world"): (1, 2 * projector),
             ("reduce_scatter", "world"): (1, 4 * projector),
         }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fsdp_gathers_as_many_layers_ahead_as_without_nitp(figures, case):
-    ntp, nitp = (figures[case][variant]["prefetched"] for variant in ("NTP", "NITP"))
+def test_fsdp_gathers_as_many_layers_ahead_as_without_nitp(stats, case):
+    ntp, nitp = (stats[case][variant]["prefetched"] for variant in ("NTP", "NITP"))
     assert nitp >= ntp > 0
 
 
-def test_replicas_sum_the_projectors_gradient_once_whatever_the_depth(figures):
+def test_replicas_sum_the_projectors_gradient_once_whatever_the_depth(stats):
     projector = 12 * 2560**2
-    assert _added(figures["replicas"]) == {
+    assert _added(stats["replicas"]) == {
         ("all_gather", "dp_shard"): (1, 2 * projector),
         ("reduce_scatter", "dp_shard"): (1, 4 * projector),
         ("all_reduce", "dp_replicate"): (1, 4 * projector // 8),
     }
-    assert _added(figures["replicas"]) == _added(figures["deeper"])
+    assert _added(stats["replicas"]) == _added(stats["deeper"])
 
 
-def test_tensor_parallelism_gathers_the_implicit_tokens_and_sums_the_projections(figures):
+def test_tensor_parallelism_gathers_the_implicit_tokens_and_sums_the_projections(stats):
     projector, states = 12 * 2560**2 // 4, 2048 * 2560
-    assert _added(figures["tp"]) == {
+    assert _added(stats["tp"]) == {
         ("all_gather", "dp_shard"): (1, 2 * projector),
         ("reduce_scatter", "dp_shard"): (1, 4 * projector),
         ("all_gather", "tp"): (1, 2 * states),
@@ -188,9 +188,9 @@ def test_tensor_parallelism_gathers_the_implicit_tokens_and_sums_the_projections
     }
 
 
-def test_context_parallelism_sends_the_first_token_of_every_run(figures):
+def test_context_parallelism_sends_the_first_token_of_every_run(stats):
     projector, runs = 12 * 2560**2, 8 * 2
-    assert _added(figures["cp"]) == {
+    assert _added(stats["cp"]) == {
         ("all_gather", "world"): (1, 2 * projector),
         ("reduce_scatter", "world"): (1, 4 * projector),
         # States in bfloat16 and position ids.

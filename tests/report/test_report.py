@@ -20,12 +20,12 @@ from nitp_titan.report.runs import common_steps, differences, read_variants
 from nitp_titan.report.stats import (
     bootstrap_interval,
     difference,
-    FIGURES,
     phases,
     smoothed,
+    STATS,
 )
 
-BY_NAME = {figure.name: figure for figure in FIGURES}
+BY_NAME = {stat.name: stat for stat in STATS}
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_nothing_that_the_load_of_the_machine_decides_is_compared(seeds):
 
 def test_the_largest_gradient_is_compared_with_the_median_of_an_even_number_too(tmp_path):
     (variant,) = variants_of(write_run(tmp_path / "a", lr_scheduler={"warmup_steps": 0}))
-    (spikes,) = {one.of for one in MECHANISMS if one.figure == "largest gradient over the median"}
+    (spikes,) = {one.of for one in MECHANISMS if one.stat == "largest gradient over the median"}
     for norms, ratio in (([1.0, 3.0, 6.0], 2.0), ([1.0, 3.0, 5.0, 8.0], 2.0)):
         records = [record | {"grad_norm": norm} for record, norm in zip(variant.runs[0].records, norms)]
         assert spikes(dataclasses.replace(variant.runs[0], records=records)) == pytest.approx(ratio)
@@ -265,7 +265,7 @@ def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(tmp_path):
     variants, problems = read_variants([str(tmp_path / "a"), str(tmp_path / "b")])
     assert problems == [f"{tmp_path / 'b'}: at step 60 of 100; it is compared as far as it is."]
     assert common_steps(run.series("tokens") for variant in variants for run in variant.runs) == list(range(1, 61))
-    said = "the runs are at steps 60 to 100: figures are compared at steps that all of them have."
+    said = "the runs are at steps 60 to 100: values are compared at steps that all of them have."
     assert said in differences(variants).warnings
     report = Report(variants, problems)
     header, rows = report.final_table()

@@ -1,4 +1,4 @@
-"""FLOPs and memory of steps whose figures fit in the head; on real tensors and on fake ones."""
+"""FLOPs and memory of steps whose stats fit in the head; on real tensors and on fake ones."""
 
 from contextlib import nullcontext
 

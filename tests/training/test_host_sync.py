@@ -145,7 +145,7 @@ def test_the_guard_reads_one_tensor_once_a_step(watched, monkeypatch):
     """Whatever the bound on skipped steps and whoever logs the step."""
     bad_steps, read = watched.bad_steps, []
     monkeypatch.setattr(bad_steps, "measure", lambda: torch.zeros(7 + len(bad_steps.parameters)))
-    monkeypatch.setattr(bad_steps, "_judge", lambda step, figures: read.append((step, len(figures))))
+    monkeypatch.setattr(bad_steps, "_judge", lambda step, stats: read.append((step, len(stats))))
     bad_steps.losses = torch.zeros(2)
     with _NoHostSync():
         for step in (3, 4):

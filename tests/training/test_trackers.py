@@ -12,7 +12,7 @@ from nitp_titan import config_registry
 
 STATES = ("hidden", "target", "projected")
 TOKENS = {"HF_TOKEN": "hf_sentinelsentinelsentinel", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
-FIGURES = ("effective_rank", "rankme", "participation_ratio", "cosine", "cosine_sampled")
+STATS = ("effective_rank", "rankme", "participation_ratio", "cosine", "cosine_sampled")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_tensorboard_has_grouped_tags_and_the_paper_s_figures_as_a_layout(tracke
     (events,) = folder.glob("tb/events*")
     found = EventAccumulator(str(events.parent)).Reload()
     tags = set(found.Tags()["scalars"])
-    assert {f"geometry/{state}/{figure}" for state in STATES for figure in FIGURES} < tags
-    assert {f"validation_geometry/{state}/{figure}" for state in STATES for figure in FIGURES} < tags
+    assert {f"geometry/{state}/{stat}" for state in STATES for stat in STATS} < tags
+    assert {f"validation_geometry/{state}/{stat}" for state in STATES for stat in STATS} < tags
     assert {"loss_metrics/ntp_loss", "loss_metrics/nitp_loss", "validation_metrics/loss"} < tags
     assert [event.step for event in found.Scalars("geometry/hidden/effective_rank")] == [1, 2]
     (record, _) = map(json.loads, (folder / "geometry.jsonl").read_text().splitlines())

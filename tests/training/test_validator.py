@@ -132,7 +132,7 @@ def test_a_pipeline_gets_all_its_microbatches_at_the_end_of_the_data_too(tmp_pat
 
 
 def test_a_rank_tokenizes_its_own_part_only(tmp_path, monkeypatch):
-    """Figures of this test, before and after: recipes/LOG.md."""
+    """Measurements of this test, before and after: recipes/LOG.md."""
     _write(tmp_path / "a.jsonl", 6000)
     config = {"dataset_path": str(tmp_path / "a.jsonl"), "num_streams": 64, "global_batch": 512}
     for num_ranks in (1, 8, 64):

@@ -74,8 +74,8 @@ def states_of(model, sequences: Sequence[torch.Tensor]) -> dict[str, np.ndarray]
     return {name: torch.cat(column, dim=1)[0].numpy() for name, column in zip(names, columns, strict=True)}
 
 
-def assert_same_figures(found: dict, expected: dict, rtol: float):
+def assert_same_stats(found: dict, expected: dict, rtol: float):
     assert found.keys() == expected.keys()
-    for state, figures in expected.items():
-        for figure in figures.keys() - {"spectrum"}:
-            assert_allclose(found[state][figure], figures[figure], rtol=rtol, atol=1e-8, err_msg=f"{state} {figure}")
+    for state, stats in expected.items():
+        for stat in stats.keys() - {"spectrum"}:
+            assert_allclose(found[state][stat], stats[stat], rtol=rtol, atol=1e-8, err_msg=f"{state} {stat}")
