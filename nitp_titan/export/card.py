@@ -61,7 +61,7 @@ def model_card(checkpoint: Checkpoint, config, architecture: str) -> str:
             "",
             "## Measured",
             "",
-            markdown.table(["figure", "value"], list(measured(checkpoint).items())),
+            markdown.table(["measurement", "value"], list(measured(checkpoint).items())),
             "",
             "## Citation",
             "",

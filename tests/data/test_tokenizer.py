@@ -44,7 +44,7 @@ def _changed(assets, folder, config=None, **changes):
 
 
 def _model(folder):
-    from probe_models import make
+    from geometry_of_models import make
 
     make("gpt2").save_pretrained(folder)
     return load_pretrained(str(folder))[1]

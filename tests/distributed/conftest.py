@@ -23,7 +23,7 @@ WORKER = "tests/distributed/layouts.py"
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "figures" in getattr(item, "fixturenames", ()):
+        if "results" in getattr(item, "fixturenames", ()):
             # The first test of a number of ranks waits for all of its layouts.
             item.add_marker(pytest.mark.timeout(1200))
 
@@ -40,8 +40,8 @@ def _requested(items) -> dict[str, Layout]:
     return {name: layout for name, layout in LAYOUTS.items() if name in names}
 
 
-class Figures:
-    """Figures of the requested layouts by name; those of one world size are trained when the first is asked for."""
+class Results:
+    """Results of the requested layouts by name; those of one world size are trained when the first is asked for."""
 
     def __init__(self, folder: Path, layouts: dict[str, Layout]):
         self.folder, self.layouts, self.trained = folder, layouts, set()
@@ -51,14 +51,14 @@ class Figures:
         self._train(LAYOUTS[name].ranks)
         errors = [path for end in ("signal", "error") for path in sorted(self.folder.glob(f"{name}.*.{end}"))]
         assert not errors, f"{name}: {errors[0].read_text()[-3000:]}"
-        figures = json.loads((self.folder / f"{name}.json").read_text())
+        results = json.loads((self.folder / f"{name}.json").read_text())
         files = {
             "records": "metrics.jsonl",
             "geometry": "geometry.jsonl",
             "validation_geometry": "validation_geometry.jsonl",
         }
         paths = {key: self.folder / name / file for key, file in files.items()}
-        return figures | {key: read_records(path) if path.exists() else [] for key, path in paths.items()}
+        return results | {key: read_records(path) if path.exists() else [] for key, path in paths.items()}
 
     def _train(self, ranks: int) -> None:
         if ranks in self.trained:
@@ -102,21 +102,21 @@ class Figures:
 
 
 @pytest.fixture(scope="session")
-def figures(request, assets, tmp_path_factory) -> Figures:
+def results(request, assets, tmp_path_factory) -> Results:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "layouts"
     folder.mkdir(exist_ok=True)
-    return Figures(folder, _requested(request.session.items))
+    return Results(folder, _requested(request.session.items))
 
 
 @pytest.fixture
-def differences(figures):
+def differences(results):
     """Compares two steps of a layout with its reference: what differs beyond the tolerances, in words."""
 
     def compare(name: str) -> list[str]:
         layout = LAYOUTS[name]
         gradient, loss = layout.gradient, layout.loss
-        ours, one = figures[name], figures[layout.reference]
+        ours, one = results[name], results[layout.reference]
         found = []
 
         def check(what: str, value: float, expected: float, *, rel: float = 0.0, tolerance: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Worker on each rank: trains layouts of `matrix.LAYOUTS` from seed checkpoints and writes their figures as JSON.
+"""Worker on each rank: trains layouts of `matrix.LAYOUTS` from seed checkpoints and writes their results as JSON.
 
     tests/distributed/layouts.py FOLDER PORTS.json
 
@@ -63,7 +63,7 @@ def make_seed(folder: Path, model: str) -> None:
 
 
 def run_layout(folder: Path, layout: Layout) -> dict:
-    """Figures of one layout: float64 gradient norms per step, the guard's, the norm of all weights, linears by type."""
+    """Results of one layout: float64 gradient norms per step, the guard's, the norm of all weights, linears by type."""
     _break(layout.control)
     seed = str(folder / "seeds" / layout.model / "checkpoint/step-0")
     checkpoint = {"enable": True, "load_only": True, "initial_load_path": seed}
@@ -81,9 +81,9 @@ def run_layout(folder: Path, layout: Layout) -> dict:
         guarded.append(run.bad_steps.measure()[0].sqrt().item())
     if config.validator.enable:
         run.validator.validate(run.model_parts, run.step)
-    figures = {"norms": norms, "guarded": guarded, "weights": weight_norm(run), "linears": linear_types(run)}
+    results = {"norms": norms, "guarded": guarded, "weights": weight_norm(run), "linears": linear_types(run)}
     run.close()
-    return figures
+    return results
 
 
 def linear_types(run: NITPTrainer) -> dict[str, str]:

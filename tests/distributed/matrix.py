@@ -49,7 +49,7 @@ class Layout:
     """Changes to the debug recipe, as `helpers.make_config` takes them."""
 
     reference: str
-    """Layout on one rank with the same figures; its own name if it is one."""
+    """Layout on one rank with the same results; its own name if it is one."""
 
     technique: str
     """Row of the README's table; empty for a reference."""

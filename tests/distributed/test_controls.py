@@ -26,15 +26,15 @@ def test_a_wrong_exchange_across_context_parallel_ranks_is_found(differences, la
 
 
 @pytest.mark.parametrize("layout", _controlled("no divide factor"))
-def test_a_projector_gradient_that_is_averaged_and_not_summed_is_found(differences, figures, layout):
+def test_a_projector_gradient_that_is_averaged_and_not_summed_is_found(differences, results, layout):
     assert any("gradient of projector" in found for found in differences(layout))
-    one, halved = (figures[name]["norms"][0] for name in (LAYOUTS[layout].reference, layout))
+    one, halved = (results[name]["norms"][0] for name in (LAYOUTS[layout].reference, layout))
     assert halved["projector"] == pytest.approx(one["projector"] / 2, rel=1e-6)
     assert halved["rest"] == pytest.approx(one["rest"], rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", _controlled("resharded"))
-def test_with_the_final_norm_resharded_a_zero_bubble_schedule_loses_its_gradient(differences, figures, layout):
+def test_with_the_final_norm_resharded_a_zero_bubble_schedule_loses_its_gradient(differences, results, layout):
     """TorchTitan's own chunked loss; when this fails, `ChunkedLoss.Config.reshard_lm_head` can go."""
     found = differences(layout)
     assert any("gradient of rest" in difference for difference in found)
@@ -66,7 +66,7 @@ def test_a_process_ended_from_outside_leaves_the_signal(tmp_path):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_layout_that_lost_a_process_is_trained_once_more_and_no_more(figures, tmp_path, monkeypatch, times):
+def test_a_layout_that_lost_a_process_is_trained_once_more_and_no_more(results, tmp_path, monkeypatch, times):
     """Rank 1 ends in the first launches; rank 0 then reports that its peer is gone."""
     name, launches = "dense/FSDP 2", []
 
@@ -83,8 +83,8 @@ def test_a_layout_that_lost_a_process_is_trained_once_more_and_no_more(figures, 
         return subprocess.CompletedProcess([], 0, "", "Fatal Python error")
 
     # Not by the module's name: several folders have a conftest.
-    monkeypatch.setitem(type(figures)._launch.__globals__, "warm_ranks", launch)
-    ours = type(figures)(tmp_path, {name: LAYOUTS[name]})
+    monkeypatch.setitem(type(results)._launch.__globals__, "warm_ranks", launch)
+    ours = type(results)(tmp_path, {name: LAYOUTS[name]})
     with pytest.warns(UserWarning, match="SIGSEGV(.|\n)*Fatal Python error"):
         if times == 1:
             assert ours[name]["norms"] == []

@@ -27,25 +27,25 @@ def test_every_family_equals_one_rank(differences, layout):
 
 @pytest.mark.layouts("dense/one, no stop-gradient", "dense/one, cosine regularizer", "dense/one, same position")
 @pytest.mark.layouts("dense/one")
-def test_the_comparison_is_not_blind(figures):
-    """The figures move from step to step, and from variant to variant."""
-    first, second = figures["dense/one"]["norms"]
+def test_the_comparison_is_not_blind(results):
+    """The results move from step to step, and from variant to variant."""
+    first, second = results["dense/one"]["norms"]
     assert abs(first["projector"] - second["projector"]) > 1e-3 * first["projector"] > 0
     variants = ("one", "one, no stop-gradient", "one, cosine regularizer", "one, same position")
-    assert len({round(figures[f"dense/{name}"]["norms"][0]["rest"], 3) for name in variants}) == 4
+    assert len({round(results[f"dense/{name}"]["norms"][0]["rest"], 3) for name in variants}) == 4
 
 
 @pytest.mark.layouts("moe/one, NTP alone", "moe/EP 2, NTP alone")
-def test_without_nitp_a_run_has_neither_projector_nor_nitp_loss(figures):
+def test_without_nitp_a_run_has_neither_projector_nor_nitp_loss(results):
     for name in ("moe/one, NTP alone", "moe/EP 2, NTP alone"):
-        assert [norms["projector"] for norms in figures[name]["norms"]] == [0.0, 0.0]
-        assert all("nitp_loss" not in record for record in figures[name]["records"])
+        assert [norms["projector"] for norms in results[name]["norms"]] == [0.0, 0.0]
+        assert all("nitp_loss" not in record for record in results[name]["records"])
 
 
 @pytest.mark.layouts("dense/one, single", "dense/FSDP 2, single", "dense/CP 2 head-tail, single", "dense/PP 2, single")
-def test_without_a_valid_position_the_nitp_loss_is_zero_and_nothing_of_it_is_trained(figures):
+def test_without_a_valid_position_the_nitp_loss_is_zero_and_nothing_of_it_is_trained(results):
     for name in ("one", "FSDP 2", "CP 2 head-tail", "PP 2"):
-        result = figures[f"dense/{name}, single"]
+        result = results[f"dense/{name}, single"]
         assert [record["nitp_loss"] for record in result["records"]] == [0.0, 0.0]
         assert [norms["projector"] for norms in result["norms"]] == [0.0, 0.0]
         assert all(norms["rest"] > 0 for norms in result["norms"])
@@ -53,9 +53,9 @@ def test_without_a_valid_position_the_nitp_loss_is_zero_and_nothing_of_it_is_tra
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
 @pytest.mark.layouts("dense/float8", "dense/float8 but the projector", "moe/float8", "moe/float8 but the projector")
-def test_float8_converts_the_linears_that_are_not_filtered(figures, model):
+def test_float8_converts_the_linears_that_are_not_filtered(results, model):
     """The projector is converted unless `filter_fqns` names it; lm_head is filtered by default."""
-    every, but_projector = (figures[f"{model}/{name}"]["linears"] for name in ("float8", "float8 but the projector"))
+    every, but_projector = (results[f"{model}/{name}"]["linears"] for name in ("float8", "float8 but the projector"))
     projector = {f"nitp.projector.{name}" for name in ("w1", "w2", "w3")}
     assert _converted(every) == set(every) - {"lm_head"} >= projector
     assert _converted(but_projector) == set(every) - {"lm_head"} - projector
