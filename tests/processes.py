@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -15,13 +17,19 @@ _ONE_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 _OF_A_TRAINER = ("TORCH_FR_", "TORCH_NCCL_")
 
 
+# Below the ports that Linux gives to whoever asks for any: some wait for minutes until a process opens them.
+_ports = count(10_000 + os.getpid() * 61 % 15_000)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """A port that is free and no other test of this process gets."""
+    while True:
+        with socket.socket() as trial, suppress(OSError):
+            trial.bind(("localhost", port := next(_ports)))
+            return port
 
 
-def _environment(**variables: str) -> dict[str, str]:
+def environment(**variables: str) -> dict[str, str]:
     """Variables of a process that is no rank yet."""
     own = [key for key in os.environ if key in _ONE_RANK or key.startswith(_OF_A_TRAINER)]
     return {key: value for key, value in os.environ.items() if key not in own} | variables
@@ -31,7 +39,7 @@ def torchrun(num_ranks: int, *arguments: str, **variables: str) -> subprocess.Co
     """Run a module or script under torchrun, in the project; returns the finished process with its output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
     command += ["--master_port", str(free_port()), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=_environment(**variables), cwd=PROJECT)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**variables), cwd=PROJECT)
 
 
 def warm_ranks(num_ranks: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -40,7 +48,7 @@ def warm_ranks(num_ranks: int, *arguments: str, **variables: str) -> subprocess.
     alike |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "TORCHELASTIC_RESTART_COUNT": "0"}
     alike |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_MAX_RESTARTS": "0", "GROUP_RANK": "0"}
     environments = [
-        _environment(**alike, RANK=str(rank), LOCAL_RANK=str(rank), **variables) for rank in range(num_ranks)
+        environment(**alike, RANK=str(rank), LOCAL_RANK=str(rank), **variables) for rank in range(num_ranks)
     ]
     return _warm(arguments, environments, PROJECT)
 

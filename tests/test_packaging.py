@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import tomli
 import yaml
-from processes import PROJECT
+from processes import environment, PROJECT
 
 import nitp_titan
 from nitp_titan.config import recipe
@@ -47,8 +47,8 @@ def installed(wheel, tmp_path_factory):
 
 
 def _python(installed, folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env=environment)
+    variables = environment(PYTHONPATH=str(installed))
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env=variables)
 
 
 def test_the_wheel_has_the_package_with_recipes_and_train_configs_and_nothing_else(wheel):
