@@ -108,10 +108,15 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
-def check_writable(folder: Path) -> None:
-    """Raise OSError unless a folder is there or can be made, and files in it; leaves nothing behind.
+def check_writable(folder: Path, setting: str, *, table: str | None = None, key: str | None = None) -> None:
+    """Make sure that a folder is there or can be made, and files in it. Leaves nothing behind.
 
-    The error's ``filename`` is the nearest folder or file at or above it that is there.
+    Args:
+        setting: how the message names the folder, for example ``--out x``.
+        table, key: as in `UserError`, if it is a setting of a recipe or train config.
+
+    Raises:
+        UserError: with the folder that cannot be written, and the reason.
     """
     existing = nearest_existing(folder)
     try:
@@ -123,7 +128,7 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=existing):
             pass
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(existing)) from None
+        raise UserError(f"{setting} cannot be written: {existing}: {error.strerror}.", table=table, key=key) from None
 
 
 def archive(path: Path) -> Path:

@@ -1,6 +1,12 @@
-"""How far work is and how long the rest takes. Imports no torch."""
+"""How far long work is, how fast it goes and when it ends. Imports no torch."""
 
+import sys
 import time
+
+
+def log_line(line: str) -> None:
+    """Print a line on stderr, at once: stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def time_left(seconds: float) -> str:
@@ -13,45 +19,52 @@ def time_left(seconds: float) -> str:
 
 
 class Progress:
-    """Work in equal units: how many are done, how fast, and how long the others take at that speed.
+    """Units of work that are done, out of a known total.
 
     Args:
-        total: number of units.
-        done: units that an earlier command has done; they do not count for the speed.
+        total: units in all.
+        unit: their name in `str`, for example ``runs``; empty for none.
+        done: units that were done before; they count for neither the speed nor the time left.
+        seconds_between_lines: see `line_is_due`.
     """
 
-    def __init__(self, total: int, done: int = 0):
-        self.total, self.done = total, done
-        self._found_done = done
-        self._started = self._logged = time.monotonic()
+    def __init__(self, total: int, unit: str = "", *, done: int = 0, seconds_between_lines: float = 0.0):
+        self.total, self.unit, self.done = total, unit, done
+        self._before = done
+        self._interval = seconds_between_lines
+        self._start = self._last_line = time.monotonic()
 
-    def skip(self, units: int = 1) -> None:
-        """Count units as done that took no time."""
+    def add(self, units: int = 1, *, from_before: bool = False) -> None:
+        """Count units that are done now, or turn out to have been done before."""
         self.done += units
-        self._found_done += units
+        self._before += units if from_before else 0
 
     @property
     def seconds(self) -> float:
         """Since the start."""
-        return time.monotonic() - self._started
+        return time.monotonic() - self._start
 
-    @property
     def speed(self) -> float:
-        """Units per second."""
-        return (self.done - self._found_done) / max(self.seconds, 1e-9)
+        """Units per second since the start."""
+        return (self.done - self._before) / max(self.seconds, 1e-9)
 
-    @property
     def left(self) -> str:
-        """The time that the rest takes, as ``left 3m05s``; empty before the first unit."""
-        return f"left {time_left((self.total - self.done) / self.speed)}" if self.speed else ""
+        """``left 3m05s`` at the speed since the start; empty before the first unit."""
+        speed = self.speed()
+        return f"left {time_left((self.total - self.done) / speed)}" if speed else ""
 
-    def seconds_to_line(self, interval: float) -> float:
-        """Until the next line of the log is due, if there is one every ``interval`` seconds."""
-        return max(0.0, self._logged + interval - time.monotonic())
+    def __str__(self) -> str:
+        """``3 of 10 runs, left 3m05s``."""
+        count = f"{self.done:,} of {self.total:,} {self.unit}".rstrip()
+        return ", ".join(filter(None, [count, self.left()]))
 
-    def line_due(self, interval: float) -> bool:
-        """Whether it is time for the next line of the log; the next interval begins then."""
-        if self.seconds_to_line(interval) > 0:
-            return False
-        self._logged = time.monotonic()
-        return True
+    def seconds_to_line(self) -> float:
+        """Until the next line is due; 0 if it is."""
+        return max(0.0, self._last_line + self._interval - time.monotonic())
+
+    def line_is_due(self) -> bool:
+        """True every ``seconds_between_lines``: asking starts the next interval."""
+        is_due = self.seconds_to_line() == 0
+        if is_due:
+            self._last_line = time.monotonic()
+        return is_due

@@ -5,7 +5,7 @@ python scripts/compare.py outputs/study/ntp outputs/study/nitp --out outputs/rep
 python scripts/compare.py small=outputs/a large=outputs/b --out outputs/report               # names of your own
 
 Runs that differ in their seed only are one variant; the variant without NITP is the baseline. Unfinished runs are
-compared as far as they are.
+compared up to their last step.
 """
 
 import argparse

@@ -17,45 +17,41 @@ import _checkout  # noqa: F401
 from nitp_titan.evaluation.geometry import (
     check,
     GeometrySettings,
-    log,
     measure_models,
 )
 from nitp_titan.evaluation.pretrained import read_models
+from nitp_titan.files import check_writable
 from nitp_titan.machine import exits
-from nitp_titan.report.folder import check_out
+from nitp_titan.progress import log_line
 from nitp_titan.report.pretrained_geometry import as_json, tables, write
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = GeometrySettings
-    parser.add_argument(
-        "--model", nargs="+", action="append", required=True, metavar="[NAME=]MODEL", help="a folder, or owner/name"
-    )
-    parser.add_argument(
-        "--text", type=Path, required=True, help="JSON lines, parquet, or .txt with blank lines between documents"
-    )
-    parser.add_argument("--text-field", default=defaults.text_field, help="field of the JSON lines (%(default)s)")
-    parser.add_argument("--seq-len", type=int, default=defaults.seq_len, help="tokens per document (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=defaults.tokens, help="at most so many in all (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="sequences at a time (%(default)s)")
-    parser.add_argument("--dtype", default=defaults.dtype, help="float32, bfloat16 or float16 (%(default)s)")
-    parser.add_argument("--device", default=defaults.device, help="auto, cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--num-pairs", type=int, default=defaults.num_pairs, help="sampled pairs (%(default)s)")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the sampled pairs (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of geometry.json, geometry.md and the plots")
-    parser.add_argument("--json", action="store_true", help="print geometry.json instead of the table")
+    add, defaults = parser.add_argument, GeometrySettings
+    add("--model", nargs="+", action="append", required=True, metavar="[NAME=]MODEL", help="a folder, or owner/name")
+    add("--text", type=Path, required=True, help="JSON lines, parquet, or .txt with blank lines between documents")
+    add("--text-field", default=defaults.text_field, help="field of the JSON lines (%(default)s)")
+    add("--seq-len", type=int, default=defaults.seq_len, help="tokens per document (%(default)s)")
+    add("--tokens", type=int, default=defaults.tokens, help="at most so many in all (%(default)s)")
+    add("--batch-size", type=int, default=defaults.batch_size, help="sequences at a time (%(default)s)")
+    add("--dtype", default=defaults.dtype, help="float32, bfloat16 or float16 (%(default)s)")
+    add("--device", default=defaults.device, help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--num-pairs", type=int, default=defaults.num_pairs, help="sampled pairs (%(default)s)")
+    add("--seed", type=int, default=defaults.seed, help="of the sampled pairs (%(default)s)")
+    add("--out", type=Path, required=True, help="folder of geometry.json, geometry.md and the plots")
+    add("--json", action="store_true", help="print geometry.json instead of the table")
     arguments = vars(parser.parse_args())
     models, out, as_text = arguments.pop("model"), arguments.pop("out"), arguments.pop("json")
     settings = GeometrySettings(**arguments)
     models = read_models([model for several in models for model in several])
     check(settings)
-    check_out(out)
+    check_writable(out, f"--out {out}")
     result = measure_models(models, settings)
     files = write(result, out)
     print(as_json(result) if as_text else tables(result))
     for line in result["warnings"]:
-        log(f"warning: {line}")
+        log_line(f"warning: {line}")
     if not as_text:
         print("\n" + "\n".join(map(str, files)))
 

@@ -1,4 +1,4 @@
-"""Train the quickstart recipe with NTP and with NITP, with the same seed, data and order, and compare them.
+"""Train the quickstart recipe with NTP and with NITP, the same seed, data and order, and compare the two runs.
 
 python scripts/quickstart.py [--steps 20] [--out outputs/quickstart]
 
@@ -25,7 +25,7 @@ next    source .venv/bin/activate     # every other command needs it
         torchrun --nproc_per_node 1 -m nitp_titan.train --recipe debug/nitp_debug
         python scripts/export_hf.py --checkpoint {out}/nitp --out outputs/hf/nitp"""
 
-VARIANTS = {"ntp": "debug/ntp_quickstart", "nitp": "debug/nitp_quickstart"}
+RECIPES = {"ntp": "debug/ntp_quickstart", "nitp": "debug/nitp_quickstart"}
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     # Curves are averages over logged steps: single batches are noisy.
     flags = ["--metrics.log_freq", "1"]
     flags += [] if arguments.steps is None else ["--training.steps", str(arguments.steps)]
-    for name, recipe_name in VARIANTS.items():
+    for name, recipe_name in RECIPES.items():
         run = TrainingRun(
             name=name,
             recipe=recipe.find(recipe_name, "recipes"),
@@ -56,21 +56,21 @@ def main() -> None:
             flags=flags,
             data=manifest["train"],
         )
-        run.train(partial(_log_line, name))
+        run.train(partial(_print, name))
 
     folder = arguments.out / "report"
-    report = Report(*read_variants([f"{name}={arguments.out / name}" for name in VARIANTS]))
+    report = Report(*read_variants([f"{name}={arguments.out / name}" for name in RECIPES]))
     report.write(folder)
     print("\n" + markdown_table(report) + "\n\n" + "\n".join(report.sentences()))
     print(f"\nruns    {arguments.out}/ntp  {arguments.out}/nitp\nreport  {folder}/index.html  {folder}/report.md")
     print(NEXT.format(out=arguments.out))
 
 
-def _log_line(run: str, line: str) -> None:
-    """Print a line of a run; of the steps every tenth, the first and the last."""
-    step = re.match(r"step (\d+)/(\d+)", line)
+def _print(run: str, message: str) -> None:
+    """Print a message of a run; of the steps every tenth, the first and the last."""
+    step = re.match(r"step (\d+)/(\d+)", message)
     if step is None or int(step[1]) % 10 == 0 or step[1] in ("1", step[2]):
-        print(f"{run}: {line}", flush=True)
+        print(f"{run}: {message}", flush=True)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def test_every_ablation_is_there_and_differs_from_the_default_only_in_its_own_ke
     for name, (key, value, average) in ABLATIONS.items():
         default = "moe/nitp_9b_a1b" if name.startswith("9b") else "moe/nitp_3b_a0.5b"
         differing = catalog.difference(_tables(default), _tables(f"ablations/{name}"))
-        assert {setting: values[1] for setting, values in differing.items()} == {f"nitp.{key}": value}
+        assert {setting: values[1] for setting, values in differing.items()} == {f"[nitp] {key}": value}
         expected = catalog.header(recipe.find(f"ablations/{name}", "recipes"))["Expect"]
         assert expected.startswith(str(average)) or expected.startswith(f"{average:.2f}")
 
@@ -174,7 +174,7 @@ def test_every_ablation_is_there_and_differs_from_the_default_only_in_its_own_ke
 def test_an_nitp_recipe_is_its_baseline_plus_the_nitp_table(name):
     assert set(recipe.read_toml(recipe.find(name, "recipes"))) == {"extends", "nitp"}
     differing = catalog.difference(_tables(name.replace("/nitp_", "/ntp_")), _tables(name))
-    assert set(differing) == {"nitp.weight", "nitp.target_layer"}
+    assert set(differing) == {"[nitp] weight", "[nitp] target_layer"}
 
 
 @pytest.mark.parametrize("name", ["7b", "8b", "13b", "50m", "150m"])

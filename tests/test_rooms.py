@@ -11,7 +11,7 @@ from processes import PROJECT
 PACKAGE = "nitp_titan"
 # From the bottom up: a room imports rooms before it. nitp_titan/README.md has their jobs.
 ROOMS = [
-    *("errors", "files", "step_files", "progress", "markdown"),
+    *("errors", "files", "step_files", "progress", "difference", "markdown"),
     *("machine", "objectives", "geometry", "models", "data", "config", "checkpoint", "export", "runs", "training"),
     *("sizing", "evaluation", "report", "cli"),
     *("config_registry", "torchrun", "train", "__init__"),

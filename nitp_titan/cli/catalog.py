@@ -1,4 +1,4 @@
-"""The project's recipes as a catalogue: what each is, how two differ, which machines they are meant for.
+"""The project's recipes as a catalogue: description, differences of two, the machines they are meant for.
 
 Imports no torch, so that listing and comparing take no time.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nitp_titan.config import recipe
-from nitp_titan.config.tables import flat
-from nitp_titan.errors import changed_values, UserError
+from nitp_titan.config.tables import changes, Tables
+from nitp_titan.errors import UserError
 from nitp_titan.objectives.settings import NITPConfig
 
 _LABEL = re.compile(r"# (Source|Run|Cost|Expect): +(.*)")
@@ -34,21 +34,21 @@ class Entry:
 def header(path: Path) -> dict[str, str]:
     """The labelled lines of a recipe's head comment: Source, Run, Cost and Expect.
 
-    A continued line is indented; a backslash at its end is dropped.
+    The continuation of a line is indented; a backslash at the end of a line is dropped.
     """
-    found: dict[str, str] = {}
+    labelled: dict[str, str] = {}
     label = None
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         match = _LABEL.match(line)
         if match:
-            label, found[match[1]] = match[1], match[2]
+            label, labelled[match[1]] = match[1], match[2]
         elif label and line.startswith("#    "):
-            found[label] = f"{found[label].removesuffix(' ' + chr(92))} {line[1:].strip()}"
+            labelled[label] = f"{labelled[label].removesuffix(' ' + chr(92))} {line[1:].strip()}"
         else:
             label = None
-    return found
+    return labelled
 
 
 def entry(name: str) -> Entry:
@@ -67,7 +67,7 @@ def entry(name: str) -> Entry:
 
 
 def objective(nitp: dict[str, Any]) -> str:
-    """``ntp``, or ``nitp`` with weight, target layer and whatever is not the paper's default."""
+    """``ntp``, or ``nitp`` with weight, target layer and the settings that are not the paper's defaults."""
     if not nitp.get("weight"):
         return "ntp"
     if nitp.get("objective") == "cosine_regularizer":
@@ -90,14 +90,14 @@ def _patterns(train_config: str) -> list[str]:
     return machine.get("intended_recipes", [])
 
 
-def difference(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list[Any]]:
-    """Settings that differ between two sets of tables, as ``{"table.key": [left, right]}``.
+def difference(left: Tables, right: Tables) -> dict[str, list[Any]]:
+    """Settings that differ between two sets of tables, by name (``[training] steps``), as ``[left, right]``.
 
     A setting that only one side has is None on the other, or its default in ``[nitp]``.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(NITPConfig)}
-    sides = [flat({**tables, "nitp": defaults | tables.get("nitp", {})}) for tables in (left, right)]
-    return dict(sorted(changed_values(*sides).items()))
+    left, right = ({**tables, "nitp": defaults | tables.get("nitp", {})} for tables in (left, right))
+    return dict(sorted(changes(left, right).items()))
 
 
 def pairs(name: str | None, train_config: str | None) -> list[tuple[Path, Path]]:
@@ -110,7 +110,7 @@ def pairs(name: str | None, train_config: str | None) -> list[tuple[Path, Path]]
     if train_config is not None:
         # Before anything heavy is imported.
         recipe.read_toml(recipe.find(train_config, "train_configs"))
-    found = []
+    checks = []
     for each in names:
         path = recipe.find(each, "recipes")
         recipe.read_toml(path)
@@ -120,8 +120,8 @@ def pairs(name: str | None, train_config: str | None) -> list[tuple[Path, Path]]
                 f"{path}: no train config is meant for it ([machine] intended_recipes); name one: "
                 f"{', '.join(recipe.available('train_configs'))}."
             )
-        found += [(path, recipe.find(machine, "train_configs")) for machine in machines]
-    return found
+        checks += [(path, recipe.find(machine, "train_configs")) for machine in machines]
+    return checks
 
 
 def _short_name(path: Path) -> str:
@@ -142,7 +142,7 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result of `meta_check.check` for one pair as text."""
+    """A result of `meta_check.check` as text."""
     head = f"{result['recipe']} on {result['train_config']}"
     effort = f"({result['seconds']:.1f} s, {result['memory_gib']:.1f} GiB)"
     if "error" in result:

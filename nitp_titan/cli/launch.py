@@ -22,15 +22,15 @@ _running: set[subprocess.Popen] = set()
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training run on one rank.
+    """A training run on one rank, in a process of its own.
 
     Args:
-        name: what messages call it.
+        name: its name in messages.
         recipe: path of the recipe.
         train_config: path of the train config.
         folder: its run folder.
         flags: changes of single settings.
-        data: whatever else decides the result, such as the corpus' hash.
+        data: what else decides the result, for example the hash of the corpus.
     """
 
     name: str
@@ -55,21 +55,21 @@ class TrainingRun:
         return self._stamp() == {"fingerprint": self.fingerprint(), "finished": True}
 
     def train(self, log: Callable[[str], None]) -> None:
-        """Train the run unless it is finished; one that was stopped resumes. Its full log is ``<folder>/log.txt``.
+        """Train unless the run is finished; a stopped one resumes. The full log is ``<folder>/log.txt``.
 
         Args:
-            log: takes a line for every logged step.
+            log: called with a message for every logged step, and at start and end.
 
         Raises:
             UserError: if the folder holds something else, or training fails, with the reason.
             KeyboardInterrupt: once training has saved.
         """
-        found, wanted = self._stamp(), self.fingerprint()
-        if found == {"fingerprint": wanted, "finished": True}:
+        stamp, wanted = self._stamp(), self.fingerprint()
+        if stamp == {"fingerprint": wanted, "finished": True}:
             return log(f"already trained ({self.folder})")
-        if self.folder.exists() and not found:
+        if self.folder.exists() and not stamp:
             raise UserError(f"{self.folder} is not the folder of this run; choose another one with --out.")
-        if self.folder.exists() and found["fingerprint"] != wanted:
+        if self.folder.exists() and stamp["fingerprint"] != wanted:
             log(f"{self.folder} was trained with other settings; it is now {archive(self.folder)}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_stamp(wanted, finished=False)
@@ -81,11 +81,11 @@ class TrainingRun:
             try:
                 for line in process.stdout:
                     file.write(line)
-                    _, found_step, rest = line.partition(" - step ")
-                    if found_step:
+                    _, is_step, rest = line.partition(" - step ")
+                    if is_step:
                         log(f"step {rest.rstrip()}")
             except KeyboardInterrupt:
-                log("saves and stops")
+                log("is told to save and stop")
                 stop_all()
                 file.writelines(process.stdout)
                 process.wait()

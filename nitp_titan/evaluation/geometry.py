@@ -1,12 +1,10 @@
-"""Geometry of pretrained models on a text: the stats of training, for any causal LM that transformers loads.
+"""Geometry of pretrained models on a text: the statistics of training, for any causal LM that transformers loads.
 
 Needs transformers, which the extra ``eval`` installs.
 """
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -19,7 +17,7 @@ from nitp_titan.errors import nearest_choice, UserError
 from nitp_titan.evaluation.hidden_states import decoder_layers, measure
 from nitp_titan.evaluation.pretrained import load_pretrained, Model, require, without_bos
 from nitp_titan.export.dtypes import DTYPES
-from nitp_titan.progress import Progress
+from nitp_titan.progress import log_line, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,18 +98,6 @@ def tokenized(
         yield torch.tensor(ids, dtype=torch.int32)
 
 
-def log(line: str) -> None:
-    """A line on stderr, at once."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _log_progress(name: str, progress: Progress, tokens: int) -> None:
-    """Count the tokens of a batch; a line every few seconds and one at the end."""
-    progress.done += tokens
-    if progress.line_due(_SECONDS_BETWEEN_LINES) or progress.done >= progress.total:
-        log(f"{name}: {progress.done:,} of {progress.total:,} tokens, {progress.speed:,.0f} tokens/s")
-
-
 def check(settings: GeometrySettings) -> None:
     """Raise UserError unless transformers is installed and the text holds the two documents that pairs need."""
     require("transformers")
@@ -142,15 +128,15 @@ def measure_models(models: Sequence[Model], settings: GeometrySettings) -> dict[
     measured: list[dict[str, Any]] = []
     warnings: list[str] = []
     for name, source in ((model.name, model.source) for model in models):
-        log(f"{name}: loading {source}")
+        log_line(f"{name}: loading {source}")
         num_documents = measured[0]["sequences"] if measured else None
         try:
-            found, notes = _measure_one(name, source, settings, num_documents)
+            model_geometry, messages = _measure_one(name, source, settings, num_documents)
         except torch.OutOfMemoryError:
             way_out = "lower --batch-size or --seq-len, or take --dtype bfloat16 or --device cpu"
             raise UserError(f"{name} does not fit into the memory of {settings.torch_device()}; {way_out}.") from None
-        measured.append(found)
-        warnings += [f"{name}: {line}" for line in notes]
+        measured.append(model_geometry)
+        warnings += [f"{name}: {message}" for message in messages]
     return {
         "settings": asdict(settings) | {"text": str(settings.text), "device": str(settings.torch_device())},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -162,7 +148,7 @@ def measure_models(models: Sequence[Model], settings: GeometrySettings) -> dict[
 def _measure_one(
     name: str, source: str, settings: GeometrySettings, num_documents: int | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Stats of a model and warnings; without a number of documents ``settings.tokens`` ends the text."""
+    """Figures of a model and warnings; without a number of documents ``settings.tokens`` ends the text."""
     model, tokenizer = load_pretrained(source, dtype=settings.dtype, device=settings.torch_device())
     warnings = without_bos(tokenizer, "sequences")
     config, seq_len = model.config.get_text_config(), settings.seq_len
@@ -182,7 +168,7 @@ def _measure_one(
         batch_size=settings.batch_size,
         num_pairs=settings.num_pairs,
         seed=settings.seed,
-        progress=partial(_log_progress, name, Progress(num_tokens)),
+        count_tokens=_token_counter(name, num_tokens),
     )
     warnings += left_out
     if num_tokens <= config.hidden_size:
@@ -190,6 +176,18 @@ def _measure_one(
     sizes = {"tokens": num_tokens, "sequences": len(sequences), "seq_len": seq_len}
     shape = {"dim": config.hidden_size, "num_layers": num_layers}
     return {"name": name, "model": source, **sizes, **shape, "states": states}, warnings
+
+
+def _token_counter(name: str, num_tokens: int) -> Callable[[int], None]:
+    """A function to call with the tokens of every batch; it prints a line every few seconds and at the end."""
+    progress = Progress(num_tokens, "tokens", seconds_between_lines=_SECONDS_BETWEEN_LINES)
+
+    def count(tokens: int) -> None:
+        progress.add(tokens)
+        if progress.line_is_due() or progress.done == num_tokens:
+            log_line(f"{name}: {progress}, {progress.speed():,.0f} tokens/s")
+
+    return count
 
 
 def _check_sequences(sequences: Sequence[Tensor], model: nn.Module, source: str, settings: GeometrySettings) -> None:

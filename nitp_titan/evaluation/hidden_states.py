@@ -51,7 +51,7 @@ class Collector:
         self.pair_states[state].index_copy_(0, slots, x_BLD[rows, columns].float())
 
     def stats(self, state: str, num_tokens: int) -> dict[str, Any]:
-        """Stats of `geometry.describe`.
+        """Statistics of `geometry.describe`.
 
         Raises:
             ValueError: saying why there are none.
@@ -108,14 +108,14 @@ def measure(
     batch_size: int,
     num_pairs: int,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda tokens: None,
+    count_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Geometry of a model's states over all tokens of some sequences. The logits are not computed.
 
     Args:
         sequences: token ids, [length] each, at least two that are not empty; padded on the right, batch by batch.
         batch_size: sequences at a time; it does not change the stats.
-        progress: called with the number of tokens of every batch.
+        count_tokens: called with the number of tokens of every batch.
 
     Returns:
         State -> stats of `geometry.describe`: ``hidden`` is the state that the unembedding reads (after the final
@@ -135,7 +135,7 @@ def measure(
             collector.expect(start, valid_BL)
             inputs = {"input_ids": ids_BL.to(model.device), "attention_mask": valid_BL.long().to(model.device)}
             collector.see(HIDDEN, decoder(**inputs, use_cache=False).last_hidden_state)
-            progress(int(valid_BL.sum()))
+            count_tokens(int(valid_BL.sum()))
     names = [HIDDEN, *(layer_site(number) for number in range(len(layers) + 1) if layers)]
     left_out = [] if layers else ["its layers are not in a list of num_hidden_layers modules; left out."]
     states = {}

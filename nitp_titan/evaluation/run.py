@@ -61,7 +61,7 @@ def evaluate(models: Sequence[Model], plan: Plan, settings: EvaluationSettings) 
         left[model.name] = [(task, keys[task.name]) for task in plan.tasks if found[task.name] is None]
     if any(task.online for tasks in left.values() for task, _ in tasks):
         check_hub()
-    progress = Progress(sum(len(tasks) for tasks in left.values()))
+    progress = Progress(sum(map(len, left.values())))
     if kept := sum(map(len, scores.values())):
         print(f"{kept} results are there already, {progress.total} to run", flush=True)
     for model in models:
@@ -75,11 +75,10 @@ def evaluate(models: Sequence[Model], plan: Plan, settings: EvaluationSettings) 
                 scores[model.name][task.name] = made
             except UserError as error:
                 failures[model.name, task.name] = str(error)
-            progress.done += 1
+            progress.add()
             failure = failures.get((model.name, task.name))
-            what = f" was not run: {failure}" if failure else ""
-            count = f"{progress.done} of {progress.total}, {progress.left}"
-            print(f"{model.name}: {task.name}{what} ({count})", flush=True)
+            outcome = f" was not run: {failure}" if failure else ""
+            print(f"{model.name}: {task.name}{outcome} ({progress})", flush=True)
         # Two models need not fit into memory at once.
         del loaded
     return Results(fingerprints, scores, failures)

@@ -1,4 +1,4 @@
-"""Scores with standard errors, and differences with theirs. Pure arithmetic.
+"""Scores and their differences, with standard errors. Pure arithmetic.
 
 A score that is a ratio of sums over documents (a mean, nats per token, bits per byte) keeps each document's influence,
 its share of the score's deviation. The influences of two models on the same documents subtract, which gives the paired
@@ -9,13 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from nitp_titan.difference import Difference
+
 
 @dataclass(frozen=True)
 class Score:
-    """Score of one model on one task.
+    """Result of one model on one task.
 
     Args:
-        value: the score, in the unit of its metric; shares are from 0 to 1.
+        value: the result, in the unit of its metric; shares are from 0 to 1.
         stderr: its standard error, or None if it is unknown.
         size: documents that it is made from.
         higher_is_better: direction of the metric.
@@ -61,35 +63,25 @@ def _stderr(influence: Sequence[float]) -> float | None:
     return math.sqrt(n / (n - 1) * math.fsum(share * share for share in influence)) if n > 1 else None
 
 
-@dataclass(frozen=True)
-class ScoreDifference:
-    """A model's score minus the baseline's, on the same documents where it is paired.
-
-    Args:
-        value: the difference, in the unit of the score.
-        stderr: its standard error, or None if it is unknown.
-        paired: whether the standard error is that of differences on the same documents; else the two scores count as
-            independent, which overstates it.
-    """
-
-    value: float
-    stderr: float | None
-    paired: bool
-
-
-def difference(score: Score, baseline: Score) -> ScoreDifference | None:
-    """Difference of two scores; None if their units differ."""
+def difference(score: Score, baseline: Score) -> Difference | None:
+    """Difference of two scores, paired by document where they have the same documents; None if their units differ."""
     if score.scale != baseline.scale:
         return None
     value = score.value - baseline.value
     if score.influence is None or baseline.influence is None or score.documents != baseline.documents:
-        return ScoreDifference(value, root_sum_of_squares([score.stderr, baseline.stderr]), paired=False)
-    shares = [ours - theirs for ours, theirs in zip(score.influence, baseline.influence, strict=True)]
-    return ScoreDifference(value, _stderr(shares), paired=True)
+        return Difference(value=value, pairs=0, stderr=root_sum_of_squares([score.stderr, baseline.stderr]))
+    shares = [current - reference for current, reference in zip(score.influence, baseline.influence, strict=True)]
+    return Difference(value=value, pairs=len(shares), stderr=_stderr(shares))
+
+
+def combined(differences: Sequence[Difference], value: float, stderr: float | None) -> Difference:
+    """A difference that others were combined into; paired if all of them are."""
+    pairs = sum(each.pairs for each in differences) if all(each.pairs for each in differences) else 0
+    return Difference(value=value, pairs=pairs, stderr=stderr)
 
 
 def root_sum_of_squares(stderrs: Sequence[float | None]) -> float | None:
-    """Standard error of a sum or difference of independent scores; None if one of theirs is unknown."""
+    """Standard error of a sum or difference of independent values; None if one of their errors is unknown."""
     return None if None in stderrs else math.sqrt(math.fsum(stderr**2 for stderr in stderrs))
 
 
@@ -111,6 +103,6 @@ def pooled(
 
 
 def mean(values: Sequence[float], stderrs: Sequence[float | None]) -> tuple[float, float | None]:
-    """Mean of independent scores, and its standard error."""
+    """Mean of independent values, and its standard error."""
     error = root_sum_of_squares(stderrs)
     return math.fsum(values) / len(values), None if error is None else error / len(values)

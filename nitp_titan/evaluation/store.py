@@ -5,9 +5,8 @@ import json
 import re
 from pathlib import Path
 
-from nitp_titan.errors import UserError
 from nitp_titan.evaluation.scores import Score
-from nitp_titan.files import write_atomically
+from nitp_titan.files import check_writable, write_atomically
 
 # Raised when the same settings would give other numbers.
 FORMAT = 1
@@ -22,12 +21,7 @@ class ResultStore:
 
     def __init__(self, folder: Path):
         self.folder = folder / "results"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / ".writable", "")
-            (folder / ".writable").unlink()
-        except OSError as error:
-            raise UserError(f"--out {folder} cannot be written: {error.strerror}.") from None
+        check_writable(folder, f"--out {folder}")
 
     def path(self, model: str, task: str) -> Path:
         return self.folder / _file_name(model) / f"{_file_name(task)}.json"

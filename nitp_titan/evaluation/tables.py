@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nitp_titan import markdown
+from nitp_titan.difference import Difference
 from nitp_titan.evaluation import scores
 from nitp_titan.evaluation.plan import Average, Plan, Row
 from nitp_titan.evaluation.pretrained import Model
 from nitp_titan.evaluation.run import EvaluationSettings, Results
-from nitp_titan.evaluation.scores import ScoreDifference
 from nitp_titan.files import write_atomically
 
 # Metrics in units of their own; all others are shares, shown in percent as in the paper.
@@ -21,21 +21,22 @@ _LOWER_IS_BETTER = " ↓"
 
 @dataclass(frozen=True)
 class Cell:
-    """A model's score in a row; ``size`` counts documents, ``difference`` is to the baseline. Both may be missing."""
+    """A model's score in a row. Without documents ``size`` is None, without a baseline's score ``difference`` is."""
 
     value: float
     stderr: float | None
     size: int | None
-    difference: ScoreDifference | None = None
+    difference: Difference | None = None
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row with its scores by model; models without one are left out.
+    """A row with its scores by model; models without a score are left out.
 
     Args:
-        ran, of: benchmarks that an average is made from, and those that belong to it; 1 and 1 for a single one.
-        better: of these, how many are better than the baseline's, by model.
+        ran: benchmarks that an average is made from; 1 for a single benchmark.
+        of: benchmarks that belong to the average.
+        better: number of benchmarks in which a model is better than the baseline, by model.
     """
 
     row: Row
@@ -68,8 +69,8 @@ class Comparison:
         for name, parts in by_model.items():
             value, stderr = scores.pooled(*zip(*((part.value, part.stderr, part.size) for part in parts)))
             first = by_model.get(self.baseline.name)
-            found = _difference(parts, first) if first and name != self.baseline.name else None
-            cells[name] = Cell(value, stderr, sum(part.size for part in parts), found)
+            change = _difference(parts, first) if first and name != self.baseline.name else None
+            cells[name] = Cell(value, stderr, sum(part.size for part in parts), change)
         higher = all(part.higher_is_better for parts in by_model.values() for part in parts)
         return Line(row, higher, cells)
 
@@ -83,15 +84,13 @@ class Comparison:
         for model in self.models:
             parts = [line.cells[model.name] for line in lines]
             value, stderr = scores.mean([part.value for part in parts], [part.stderr for part in parts])
-            found = None
+            difference = None
             if model is not self.baseline:
-                steps = [part.difference for part in parts]
-                found = ScoreDifference(
-                    *scores.mean([step.value for step in steps], [step.stderr for step in steps]),
-                    paired=all(step.paired for step in steps),
-                )
-                better[model.name] = sum(step.value > 0 for step in steps)
-            cells[model.name] = Cell(value, stderr, None, found)
+                changes = [part.difference for part in parts]
+                mean = scores.mean([change.value for change in changes], [change.stderr for change in changes])
+                difference = scores.combined(changes, *mean)
+                better[model.name] = sum(change.value > 0 for change in changes)
+            cells[model.name] = Cell(value, stderr, None, difference)
         row = Row(average.section, average.name, "", "", tuple(line.row.name for line in lines))
         return Line(row, True, cells, len(lines), len(average.rows), better)
 
@@ -116,7 +115,7 @@ class Comparison:
         return [*self.plan.missing, *failures]
 
     def markdown(self) -> str:
-        """The tables and what a reader of them must know."""
+        """The tables, the benchmarks that were not run, and notes on how to read them."""
         parts = []
         for section in dict.fromkeys(row.section for row in self.plan.rows):
             lines = [line for line in (*self.lines, *self.averages) if line.row.section == section]
@@ -154,9 +153,9 @@ class Comparison:
             setting = f"{line.ran} of {line.of} benchmarks" + "".join(
                 f", {name} better in {count}" for name, count in line.better.items()
             )
-        shown = [_score(line, line.cells.get(model.name)) for model in self.models]
-        steps = [_step(line, line.cells.get(name)) for name in others]
-        return [line.row.name, metric, setting, f"{size:,}" if size > 1 else "-", *shown, *steps]
+        values = [_score_text(line, line.cells.get(model.name)) for model in self.models]
+        changes = [_difference_text(line, line.cells.get(name)) for name in others]
+        return [line.row.name, metric, setting, f"{size:,}" if size > 1 else "-", *values, *changes]
 
     def write(self, out: Path) -> None:
         """Write ``results.json`` and ``results.md``."""
@@ -164,44 +163,44 @@ class Comparison:
         write_atomically(out / "results.md", self.markdown())
 
 
-def _difference(parts: list[scores.Score], baseline: list[scores.Score]) -> ScoreDifference | None:
-    steps = [scores.difference(ours, theirs) for ours, theirs in zip(parts, baseline, strict=True)]
-    if None in steps:
+def _difference(parts: list[scores.Score], baseline: list[scores.Score]) -> Difference | None:
+    changes = [scores.difference(part, reference) for part, reference in zip(parts, baseline, strict=True)]
+    if None in changes:
         return None
-    value, stderr = scores.pooled(
-        [step.value for step in steps], [step.stderr for step in steps], [part.size for part in parts]
+    sizes = [part.size for part in parts]
+    return scores.combined(
+        changes, *scores.pooled([change.value for change in changes], [change.stderr for change in changes], sizes)
     )
-    return ScoreDifference(value, stderr, all(step.paired for step in steps))
 
 
 def _as_json(line: Line) -> dict:
     cells = []
     for name, cell in line.cells.items():
-        found = {"model": name, "value": cell.value, "stderr": cell.stderr, "documents": cell.size}
-        if cell.difference is not None:
-            found["difference"] = vars(cell.difference)
-        cells.append(found)
+        record = {"model": name, "value": cell.value, "stderr": cell.stderr, "documents": cell.size}
+        if (change := cell.difference) is not None:
+            record["difference"] = {"value": change.value, "stderr": change.stderr, "paired": change.pairs > 0}
+        cells.append(record)
     fields = vars(line.row) | {"higher_is_better": line.higher_is_better, "scores": cells}
     return fields | ({"ran": line.ran, "of": line.of, "better": line.better} if line.of > 1 else {})
 
 
-def _score(line: Line, cell: Cell | None) -> str:
+def _score_text(line: Line, cell: Cell | None) -> str:
     return "-" if cell is None else _number(line, cell.value, cell.stderr, "")
 
 
-def _step(line: Line, cell: Cell | None) -> str:
+def _difference_text(line: Line, cell: Cell | None) -> str:
     if cell is None or cell.difference is None:
         return "-"
-    mark = "" if cell.difference.paired or cell.difference.stderr is None else " *"
+    mark = "" if cell.difference.pairs or cell.difference.stderr is None else " *"
     return _number(line, cell.difference.value, cell.difference.stderr, "+") + mark
 
 
-def _form(line: Line) -> str:
+def _format(line: Line) -> str:
     largest = max(cell.value for cell in line.cells.values())
     return ".4f" if largest < 100 else ".1f" if largest < 1e4 else ".3g"
 
 
 def _number(line: Line, value: float, stderr: float | None, sign: str) -> str:
-    factor, form = (1, _form(line)) if line.row.metric in _RAW else (100, ".2f")
-    error = "" if stderr is None else f" ± {factor * stderr:{form}}"
-    return f"{factor * value:{sign}z{form}}{error}"
+    factor, spec = (1, _format(line)) if line.row.metric in _RAW else (100, ".2f")
+    error = "" if stderr is None else f" ± {factor * stderr:{spec}}"
+    return f"{factor * value:{sign}z{spec}}{error}"

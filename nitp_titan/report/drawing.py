@@ -1,4 +1,4 @@
-"""How a plot of the report is rendered: as SVG that takes the colours of the page around it, and as files."""
+"""Plots as SVG in the colours of the page around it, and as files."""
 
 import io
 import math
@@ -13,21 +13,26 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-# Stand-ins that become CSS in the SVG.
+# Colours that become CSS in the SVG.
 _INK, _GRID = "#010203", "#010204"
 _CSS = {_INK: "currentColor", _GRID: "var(--grid)"}
 _SIZE = (5.0, 3.5)
-# Inches: letters of 9 points are as large as the text around where a page is 9 inches wide.
+# Inches. On a page of this width, letters of 9 points are as large as the text around them.
 _OVERVIEW_WIDTH = 9.0
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One plot of the report."""
+    """One plot.
+
+    Args:
+        name: of its files, without ending.
+        title: above the plot.
+        caption: below it, in sentences.
+        draw: draws into axes; the legend is made of the labels.
+    """
 
     name: str
-    """Of its files."""
-
     title: str
     caption: str
     draw: Callable[[Axes], None]
@@ -40,8 +45,8 @@ def svg(drawing: Drawing) -> str:
         _figure(drawing).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    for stand_in, css in _CSS.items():
-        text = text.replace(stand_in, css)
+    for ink, css in _CSS.items():
+        text = text.replace(ink, css)
     head, _, rest = text.partition(">")
     view_box = head.partition('viewBox="')[2].partition('"')[0]
     # Without a size of its own it fits the page.
@@ -50,7 +55,7 @@ def svg(drawing: Drawing) -> str:
 
 
 def write_overview(drawings: Sequence[Drawing], path: Path) -> None:
-    """Write plots as one PNG with one legend; two or three in a row are readable in a column of text."""
+    """Write plots as one PNG with one legend, two or three in a row: that many are readable in a column of text."""
     columns = min(len(drawings), 3 if len(drawings) % 3 == 0 else 2)
     rows = math.ceil(len(drawings) / columns)
     with pyplot.rc_context(_PRINTED):

@@ -6,16 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nitp_titan.errors import UserError
-from nitp_titan.files import check_writable
 from nitp_titan.report.drawing import Drawing, write_files, write_overview
-
-
-def check_out(out: Path) -> None:
-    """Raise UserError unless files can be written into a folder, which need not exist yet. Nothing is made."""
-    try:
-        check_writable(out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.filename}: {error.strerror}.") from None
 
 
 def write_page(out: Path, name: str, *, text: str, data: str, drawings: Sequence[Drawing]) -> list[Path]:

@@ -7,10 +7,10 @@ from statistics import fmean
 from typing import Any
 
 from nitp_titan import markdown
+from nitp_titan.difference import Difference
 from nitp_titan.report import drawing, plots, runs
-from nitp_titan.report.runs import Differences, Variant
+from nitp_titan.report.runs import ChangedSettings, Variant
 from nitp_titan.report.stats import (
-    Difference,
     difference,
     FINAL_SHARE,
     phases,
@@ -21,15 +21,15 @@ from nitp_titan.report.stats import (
 
 _NOTE = (
     f"NTP and NITP loss, effective rank and cosine are means over the last {FINAL_SHARE:.0%} of the steps that all "
-    "runs have logged, validation values are of the last such step; ± is half the range over seeds. Validation "
-    "values are of the same validation tokens in every variant. Runs one after the other do not show the cost of a "
-    "variant: scripts/overhead measures that. Intervals are 95% bootstrap intervals of the mean difference over "
+    "runs have logged, validation values are of the last such step; ± is half the range over seeds. Validation values "
+    "are of the same validation tokens in every variant. Runs one after the other say nothing of what a variant "
+    "costs: scripts/overhead measures that. Intervals are 95% bootstrap intervals of the mean difference over "
     "pairs of the same seed; with three pairs such an interval goes from the smallest to the largest difference and "
     "leaves out zero by chance alone in one comparison of four."
 )
 
-# What the summary speaks of: the first stat of each group that was measured.
-_OF_INTEREST = (
+# Statistics in the summary: of each group the first that was measured.
+_SUMMARY = (
     ("validation NTP loss", "NTP loss"),
     ("validation effective rank", "effective rank"),
     ("validation cosine", "cosine"),
@@ -41,7 +41,7 @@ class Report:
 
     Args:
         variants: baseline first.
-        problems: what could not be read.
+        problems: files that could not be read, a line each.
         spectrum_steps: steps whose spectra are drawn; by default the first, a middle one and the last.
     """
 
@@ -51,7 +51,7 @@ class Report:
         self.variants, self.problems = list(variants), list(problems)
         every_run = [run for variant in variants for run in variant.runs]
         self.steps = {stat: stat.steps(every_run) for stat in (TOKENS, *STATS)}
-        self.settings: Differences = runs.differences(variants)
+        self.settings: ChangedSettings = runs.changed_settings(variants)
         self.settings.warnings.extend(
             f"{stat.name}: the runs have no step in common; it is not compared."
             for stat in STATS
@@ -68,22 +68,22 @@ class Report:
         return f"{others} against {self.baseline.name}" if others else self.baseline.name
 
     def values(self, variant: Variant, stat: Stat) -> list[float]:
-        """The final stat of every run of a variant that has it."""
-        return [value for run in variant.runs if (value := stat.of(run, self.steps[stat])) is not None]
+        """The final value of every run of a variant that has one."""
+        return [value for run in variant.runs if (value := stat.value(run, self.steps[stat])) is not None]
 
     def final_table(self) -> tuple[list[str], list[list[str]]]:
-        """Header, rows of means over seeds, one per variant, and a last row with the steps of every stat."""
-        shown = [stat for stat in STATS if any(self.values(variant, stat) for variant in self.variants)]
-        header = ["variant", "runs", TOKENS.name, *(stat.name for stat in shown)]
+        """Header, rows of means over seeds, one per variant, and a last row with the steps of every statistic."""
+        stats = [stat for stat in STATS if any(self.values(variant, stat) for variant in self.variants)]
+        header = ["variant", "runs", TOKENS.name, *(stat.name for stat in stats)]
         rows = []
         for variant in self.variants:
             tokens = self.values(variant, TOKENS)
-            row = [variant.name, str(len(variant.runs)), f"{fmean(tokens):{TOKENS.form}}" if tokens else "-"]
-            rows.append([*row, *(self._cell(variant, stat) for stat in shown)])
-        return header, [*rows, ["at step", "", *(self.at(stat) for stat in (TOKENS, *shown))]]
+            row = [variant.name, str(len(variant.runs)), f"{fmean(tokens):{TOKENS.format}}" if tokens else "-"]
+            rows.append([*row, *(self._cell(variant, stat) for stat in stats)])
+        return header, [*rows, ["at step", "", *(self.at(stat) for stat in (TOKENS, *stats))]]
 
     def at(self, stat: Stat) -> str:
-        """The steps that a stat is of."""
+        """The steps that a statistic is of."""
         steps = self.steps[stat]
         return "-" if not steps else f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
 
@@ -92,76 +92,66 @@ class Report:
         if not values:
             return "-"
         spread = (max(values) - min(values)) / 2
-        plus_minus = f" ± {spread:z{stat.form}}" if len(values) > 1 else ""
-        return f"{fmean(values):z{stat.form}}{plus_minus}"
+        plus_minus = f" ± {spread:z{stat.format}}" if len(values) > 1 else ""
+        return f"{fmean(values):z{stat.format}}{plus_minus}"
 
     def difference_table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the differences to the baseline, one per stat and variant."""
+        """Header and rows of the differences to the baseline, one per statistic and variant."""
         header = ["statistic", "at step", "variant", "difference", "95% interval", "pairs", "the data"]
         rows = []
         for stat in STATS:
             for variant in self.variants[1:]:
-                found = self._difference(variant, stat) if stat.compared else None
-                if found is not None:
-                    cells = self._difference_cells(found, stat.form)
-                    rows.append([stat.name, self.at(stat), variant.name, *cells])
+                change = self._difference(variant, stat) if stat.compared else None
+                if change is not None:
+                    rows.append([stat.name, self.at(stat), variant.name, *_difference_cells(change, stat.format)])
         return header, rows
 
     def _difference(self, variant: Variant, stat: Stat) -> Difference | None:
         return difference(variant, self.baseline, stat, self.steps[stat])
 
-    @staticmethod
-    def _difference_cells(found: Difference, form: str) -> list[str]:
-        interval = "-" if found.interval is None else f"{found.interval[0]:+z{form}} to {found.interval[1]:+z{form}}"
-        if found.interval is None:
-            verdict = "may be chance"
-        else:
-            verdict = "show a difference" if found.shown else "show no difference"
-        return [f"{found.value:+z{form}}", interval, str(found.pairs), verdict]
-
     def sentences(self) -> list[str]:
-        """What the data show and what they do not: a plain sentence per variant, then the phases of the NITP loss."""
+        """A plain sentence per variant on the differences that the data show, then the phases of the NITP loss."""
         sentences = [sentence for variant in self.variants[1:] if (sentence := self._compared(variant))]
         sentences += [sentence for variant in self.variants if (sentence := self._phases(variant))]
-        return sentences if len(self.variants) > 1 else ["One variant alone is no comparison.", *sentences]
+        return sentences if len(self.variants) > 1 else ["One variant alone is not a comparison.", *sentences]
 
     def _compared(self, variant: Variant) -> str:
         by_name = {stat.name: stat for stat in STATS}
-        found: dict[Stat, Difference] = {}
-        for choices in _OF_INTEREST:
-            for stat in (by_name[name] for name in choices):
-                if (one := self._difference(variant, stat)) is not None:
-                    found[stat] = one
+        differences: dict[Stat, Difference] = {}
+        for names in _SUMMARY:
+            for stat in (by_name[name] for name in names):
+                if (change := self._difference(variant, stat)) is not None:
+                    differences[stat] = change
                     break
-        if not found:
+        if not differences:
             return f"{variant.name} and {self.baseline.name} have no seed or no step in common: nothing is compared."
-        pairs = max(one.pairs for one in found.values())
+        pairs = max(change.pairs for change in differences.values())
         head = f"{variant.name} against {self.baseline.name}"
-        values = {
-            stat: f"{stat.name} {one.value:+z{stat.form}}"
-            + (f" ({one.interval[0]:+z{stat.form}} to {one.interval[1]:+z{stat.form}})" if one.interval else "")
-            + f" at step {self.at(stat)}"
-            for stat, one in found.items()
-        }
-        if all(one.interval is None for one in found.values()):
+        texts = {stat: self._difference_text(stat, change) for stat, change in differences.items()}
+        if all(change.interval is None for change in differences.values()):
             runs = "one run per variant" if pairs == 1 else f"{pairs} pairs of runs"
-            return (
-                f"{head}: {'; '.join(values.values())}. With {runs} all of this may be chance: the data show nothing."
-            )
-        shown, rest = ([values[n] for n, one in found.items() if one.shown is s] for s in (True, False))
-        parts = [f"the data show a difference in {'; '.join(shown)}"] if shown else []
+            every = "; ".join(texts.values())
+            return f"{head}: {every}. With {runs} all of this may be chance: the data show nothing."
+        seen, rest = (
+            [texts[stat] for stat, change in differences.items() if change.excludes_zero is s] for s in (True, False)
+        )
+        parts = [f"the data show a difference in {'; '.join(seen)}"] if seen else []
         parts += [
-            f"they show none in {'; '.join(rest)}" if shown else f"the data show no difference in {'; '.join(rest)}"
+            f"they show none in {'; '.join(rest)}" if seen else f"the data show no difference in {'; '.join(rest)}"
         ]
         return f"{head}, {pairs} seeds: {', and '.join(parts if rest else parts[:1])}."
 
+    def _difference_text(self, stat: Stat, change: Difference) -> str:
+        interval = _interval_text(change, stat.format)
+        return f"{stat.name} {change.value:+z{stat.format}}{interval and f' ({interval})'} at step {self.at(stat)}"
+
     @staticmethod
     def _phases(variant: Variant) -> str:
-        marks = [found for run in variant.runs if (found := phases(*run.series("nitp_loss")))]
-        if not marks:
+        every = [marks for run in variant.runs if (marks := phases(*run.series("nitp_loss")))]
+        if not every:
             return ""
-        start, collapse, hump, end = (fmean(found[name][1] for found in marks) for name in marks[0])
-        steps = {name: sorted(found[name][0] for found in marks) for name in ("collapse", "hump")}
+        start, collapse, hump, end = (fmean(marks[name][1] for marks in every) for name in every[0])
+        steps = {name: sorted(marks[name][0] for marks in every) for name in ("collapse", "hump")}
         at = {name: f"step {s[0]:,}" if s[0] == s[-1] else f"steps {s[0]:,} to {s[-1]:,}" for name, s in steps.items()}
         return (
             f"NITP loss of {variant.name} (moving average): {start:.3f} at the first step, collapses to {collapse:.3f} "
@@ -171,9 +161,9 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write ``index.html``, ``report.md``, every plot as PNG and SVG and the first ones as ``overview.png``."""
         folder.mkdir(parents=True, exist_ok=True)
-        for one in self.drawings:
-            drawing.write_files(one, folder)
-        overview = [one for name in plots.OVERVIEW for one in self.drawings if one.name == name]
+        for each in self.drawings:
+            drawing.write_files(each, folder)
+        overview = [each for name in plots.OVERVIEW for each in self.drawings if each.name == name]
         if overview:
             drawing.write_overview(overview, folder / "overview.png")
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
@@ -229,13 +219,26 @@ class Report:
         if not groups:
             return [bullets(["Nothing but the seeds." if known else "The settings of the runs are unknown."])]
         beyond = "Beyond [nitp] they differ in: " + (", ".join(self.settings.others) or "nothing") + "."
-        rows = [[key, *(_shown(value) for value in values)] for key, values in groups.items()]
+        rows = [[key, *map(_shortened, values)] for key, values in groups.items()]
         return [bullets([beyond]), table(["setting", *known], rows)]
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = "-" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _difference_cells(change: Difference, spec: str) -> list[str]:
+    """Difference, interval, pairs and verdict, as texts in the format ``spec``."""
+    if change.interval is None:
+        verdict = "may be chance"
+    else:
+        verdict = "show a difference" if change.excludes_zero else "show no difference"
+    return [f"{change.value:+z{spec}}", _interval_text(change, spec) or "-", str(change.pairs), verdict]
+
+
+def _interval_text(change: Difference, spec: str) -> str:
+    return " to ".join(f"{end:+z{spec}}" for end in change.interval or ())
 
 
 def _bullets(lines: Sequence[str]) -> str:

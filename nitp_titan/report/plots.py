@@ -20,12 +20,12 @@ from nitp_titan.report.stats import phases, smoothed
 # Readable on white and on near-black; the first is the baseline's.
 COLORS = ("#7f8794", "#e0662f", "#3b86c8", "#2e9e6b", "#b768b0", "#c79a1e", "#4fb0b8", "#c4505f")
 _SPECTRUM_STYLES = ("solid", "dashed", "dotted", "dashdot")
-# Statistics of a state: key -> title, unit and settings of its axis over steps.
+# Statistics of hidden states: key -> title, label and options of the axis over steps.
 _GEOMETRY = {
     "effective_rank": ("Effective rank", "effective rank (log scale)", {"log": True}),
     "cosine": ("Average cosine similarity", "cosine, all pairs", {}),
 }
-# Side by side in one picture, as far as they were measured.
+# Side by side in one image, those that were measured.
 OVERVIEW = ("ntp_loss", "nitp_loss", "effective_rank", "cosine")
 
 
@@ -57,17 +57,19 @@ def _losses(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
 
 
 def _geometry(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
-    for of, prefix, where, caption in (
+    for series, prefix, where, caption in (
         (_measured, "", "", "Last hidden states of the training mini-batches (Figure 1, App. D)."),
         (
             _validated,
             "validation_",
             ", fixed tokens",
-            "Last hidden states of the same validation tokens in all variants.",
+            "Last hidden states of the same validation tokens in every variant.",
         ),
     ):
         for stat, (title, label, axis) in _GEOMETRY.items():
-            yield from _plain(variants, of("hidden", stat), prefix + stat, title + where, caption + band, label, **axis)
+            yield from _plain(
+                variants, series("hidden", stat), prefix + stat, title + where, caption + band, label, **axis
+            )
     yield from _plain(
         variants,
         _measured("target", "effective_rank"),
@@ -90,7 +92,7 @@ def _spectra(variants: Sequence[Variant], wanted: Sequence[int], several: bool) 
 def _layers(variants: Sequence[Variant]) -> Iterator[Drawing]:
     runs = [run for variant in variants for run in variant.runs]
     for stat, (title, label, _) in _GEOMETRY.items():
-        # Layers of different steps say nothing of the variants.
+        # Layers at different steps do not compare the variants.
         steps = common_steps(run.geometry_series("layer_0", stat) for run in runs)
         if steps:
             caption = f"Output of every layer at step {steps[-1]:,}."
@@ -103,7 +105,7 @@ def _training(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
     yield from _plain(variants, _logged("lr"), "learning_rate", "Learning rate", caption, "learning rate")
     speed = _logged("tokens_per_second")
     if _any(variants, speed):
-        caption = "Tokens per second over all ranks, moving average. At other times a machine has other loads." + band
+        caption = "Tokens per second over all ranks, moving average. It depends on the machine's other load too." + band
         draw = _labelled(_curves(variants, speed, smooth=True), "tokens/s", ylim=(0, None))
         yield Drawing("throughput", "Throughput", caption, draw)
     caption = "Before clipping, of NTP and NITP together; single steps." + band
@@ -111,27 +113,33 @@ def _training(variants: Sequence[Variant], band: str) -> Iterator[Drawing]:
 
 
 def _plain(
-    variants: Sequence[Variant], of: Callable[[Run], Series], name: str, title: str, caption: str, label: str, **limits
+    variants: Sequence[Variant],
+    series: Callable[[Run], Series],
+    name: str,
+    title: str,
+    caption: str,
+    label: str,
+    **limits,
 ) -> Iterator[Drawing]:
-    """The curves of a stat as they are, if a run has it."""
-    if _any(variants, of):
-        yield Drawing(name, title, caption, _labelled(_curves(variants, of), label, **limits))
+    """A plot of unsmoothed curves, if a run has data for it."""
+    if _any(variants, series):
+        yield Drawing(name, title, caption, _labelled(_curves(variants, series), label, **limits))
 
 
 def _logged(key: str) -> Callable[[Run], Series]:
     return lambda run: run.series(key)
 
 
-def _measured(state: str, stat: str) -> Callable[[Run], Series]:
-    return lambda run: run.geometry_series(state, stat)
+def _measured(site: str, stat: str) -> Callable[[Run], Series]:
+    return lambda run: run.geometry_series(site, stat)
 
 
-def _validated(state: str, stat: str) -> Callable[[Run], Series]:
-    return lambda run: run.validation_geometry_series(state, stat)
+def _validated(site: str, stat: str) -> Callable[[Run], Series]:
+    return lambda run: run.validation_geometry_series(site, stat)
 
 
-def _any(variants: Sequence[Variant], of: Callable[[Run], Series]) -> bool:
-    return any(of(run)[0] for variant in variants for run in variant.runs)
+def _any(variants: Sequence[Variant], series: Callable[[Run], Series]) -> bool:
+    return any(series(run)[0] for variant in variants for run in variant.runs)
 
 
 def color(variants: Sequence[Variant], variant: Variant) -> str:
@@ -140,13 +148,13 @@ def color(variants: Sequence[Variant], variant: Variant) -> str:
 
 
 def _curves(
-    variants: Sequence[Variant], of: Callable[[Run], Series], *, smooth: bool = False
+    variants: Sequence[Variant], series: Callable[[Run], Series], *, smooth: bool = False
 ) -> Callable[[Axes], None]:
-    """Mean of each variant's runs with the band from their smallest to their largest value."""
+    """Curves of the mean of each variant's runs, with a band from their smallest to their largest value."""
 
     def draw(axes: Axes) -> None:
         for index, variant in enumerate(variants):
-            steps, rows = _aligned([of(run) for run in variant.runs])
+            steps, rows = _aligned([series(run) for run in variant.runs])
             if not steps:
                 continue
             line = [fmean(column) for column in zip(*rows)]
@@ -168,9 +176,9 @@ def _curves(
     return draw
 
 
-def _aligned(series: Sequence[Series]) -> tuple[list[int], list[list[float]]]:
+def _aligned(every: Sequence[Series]) -> tuple[list[int], list[list[float]]]:
     """Values of several runs at the steps that all of them have."""
-    tables = [dict(zip(*pair)) for pair in series if pair[0]]
+    tables = [dict(zip(*pair)) for pair in every if pair[0]]
     if not tables:
         return [], []
     steps = sorted(set.intersection(*(set(table) for table in tables)))
@@ -178,21 +186,21 @@ def _aligned(series: Sequence[Series]) -> tuple[list[int], list[list[float]]]:
 
 
 def _zoomed(
-    variants: Sequence[Variant], of: Callable[[Run], Series], label: str, *, smooth: bool = False
+    variants: Sequence[Variant], series: Callable[[Run], Series], label: str, *, smooth: bool = False
 ) -> Callable[[Axes], None]:
-    """The curves after their steep start: the axis ends a little above the later values, and its label says so."""
-    curves = _curves(variants, of, smooth=smooth)
+    """Curves without their steep start: the axis ends a little above the later values, and its label says so."""
+    curves = _curves(variants, series, smooth=smooth)
 
     def zoomed(axes: Axes) -> None:
         curves(axes)
-        found = [[v for v in of(run)[1] if math.isfinite(v)] for variant in variants for run in variant.runs]
-        later = [value for values in found for value in values[len(values) // 8 :]]
+        finite = [[v for v in series(run)[1] if math.isfinite(v)] for variant in variants for run in variant.runs]
+        later = [value for values in finite for value in values[len(values) // 8 :]]
         cut = ""
         if later:
             low, high = min(later), max(later)
             top = high + 0.08 * (high - low) + 1e-9
             axes.set_ylim(low - 0.04 * (high - low) - 1e-9, top)
-            cut = f", above {top:.2g} cut off" if any(value > top for values in found for value in values) else ""
+            cut = f", above {top:.2g} cut off" if any(value > top for values in finite for value in values) else ""
         axes.set_ylabel(label + cut)
 
     return zoomed
@@ -218,25 +226,25 @@ def _log_scaled(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _phases_marked(variants: Sequence[Variant], of: Callable[[Run], Series]) -> Callable[[Axes], None]:
-    curves = _curves(variants, of, smooth=True)
+def _phases_marked(variants: Sequence[Variant], series: Callable[[Run], Series]) -> Callable[[Axes], None]:
+    curves = _curves(variants, series, smooth=True)
 
     def draw(axes: Axes) -> None:
         curves(axes)
-        found = []
+        every = []
         for variant in variants:
-            steps, rows = _aligned([of(run) for run in variant.runs])
+            steps, rows = _aligned([series(run) for run in variant.runs])
             if marks := phases(steps, [fmean(column) for column in zip(*rows)]):
-                found.append(marks)
+                every.append(marks)
                 for name in ("collapse", "hump", "end"):
                     axes.plot(*marks[name], marker="o", markersize=4, color=color(variants, variant))
         axes.set(ylabel="NITP loss", ylim=(0, None))
         # Room for the words above every curve, at the first variant's phases.
-        if found:
+        if every:
             top = axes.get_ylim()[1]
             axes.set_ylim(0, 1.12 * top)
             for name in ("collapse", "hump"):
-                step, value = found[0][name]
+                step, value = every[0][name]
                 axes.plot([step, step], [value, 1.06 * top], color="#8b929b", linewidth=0.8, linestyle=":", zorder=1)
                 axes.annotate(name, (step, 1.07 * top), fontsize=8, ha="center", va="bottom")
 
@@ -297,7 +305,7 @@ def _by_layer(variants: Sequence[Variant], stat: str, label: str, step: int) -> 
 
 
 def _profile(run: Run, stat: str, step: int) -> dict[int, float]:
-    """Layer -> stat at a step of a run; empty if layers were not measured."""
+    """Layer -> a statistic at a step of a run; empty if layers were not measured."""
     states = next((record for record in run.geometry if record["step"] == step), {})
     layers = {int(s.removeprefix("layer_")): v for s, v in states.items() if s.startswith("layer_") and stat in v}
     return {number: values[stat] for number, values in layers.items()}

@@ -13,19 +13,19 @@ from nitp_titan.report.folder import write_page
 from nitp_titan.report.plots import COLORS
 
 Stats = dict[str, Any]
-"""Of a state, from `geometry.describe`."""
+"""Statistics of the states at a site, from `geometry.statistics.describe`."""
 
 
-def _of_dim(stat: str) -> Callable[[Stats], float]:
+def _of_dim(key: str) -> Callable[[Stats], float]:
     # A spectrum ends at the last of all ranks.
-    return lambda stats: stats[stat] / stats["spectrum"]["rank"][-1]
+    return lambda stats: stats[key] / stats["spectrum"]["rank"][-1]
 
 
-def _plain(stat: str) -> Callable[[Stats], float]:
-    return lambda stats: stats[stat]
+def _plain(key: str) -> Callable[[Stats], float]:
+    return lambda stats: stats[key]
 
 
-# Row of the table of last hidden states -> its value and form.
+# Row of the table of last hidden states -> getter and format of its value.
 _ROWS = {
     "effective rank": (_plain("effective_rank"), ".2f"),
     "effective rank / dim": (_of_dim("effective_rank"), ".4f"),
@@ -40,7 +40,7 @@ _BY_LAYER_OF_DIFFERENT_DIMS = ("effective rank", "effective rank / dim", "averag
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown tables of the last hidden states and of a stat by layer each; differences are to the first model."""
+    """Markdown tables of the last hidden states and of statistics by layer, with differences to the first model."""
     models = result["models"]
     names, others = [model["name"] for model in models], models[1:]
     columns = [*names, *(f"{other['name']} - {names[0]}" for other in others)]
@@ -61,29 +61,29 @@ def tables(result: dict[str, Any]) -> str:
 
 def _cells(models: Sequence[dict[str, Any]], state: str, row: str) -> list[str]:
     """Value of every model, then the differences to the first; ``-`` without a value."""
-    of, form = _ROWS[row]
-    values = [of(stats) if (stats := model["states"].get(state)) else None for model in models]
+    getter, spec = _ROWS[row]
+    values = [getter(stats) if (stats := model["states"].get(state)) else None for model in models]
     first = values[0]
     differences = [None if value is None or first is None else value - first for value in values[1:]]
-    cells = ["-" if value is None else f"{value:z{form}}" for value in values]
-    return cells + ["-" if value is None else f"{value:+z{form}}" for value in differences]
+    cells = ["-" if value is None else f"{value:z{spec}}" for value in values]
+    return cells + ["-" if value is None else f"{value:+z{spec}}" for value in differences]
 
 
 def drawings(result: dict[str, Any]) -> list[Drawing]:
-    """Effective rank and cosine by layer, and the spectrum of the last hidden states, as far as they were measured."""
+    """Effective rank and cosine by layer, and the spectrum of the last hidden states: those that were measured."""
     models = result["models"]
-    caption = "What enters the first layer and leaves each; open: the last hidden state, after the final norm."
-    found = []
+    caption = "Input of the first layer and output of every layer; open: the last hidden state, after the final norm."
+    plots = []
     for stat, title, label in (
         ("effective_rank", "Effective rank by layer", "effective rank"),
         ("cosine", "Average cosine similarity by layer", "cosine, all pairs"),
     ):
         if any(model["states"] for model in models):
-            found.append(Drawing(f"layers_{stat}", title, caption, _by_layer(models, stat, label)))
+            plots.append(Drawing(f"layers_{stat}", title, caption, _by_layer(models, stat, label)))
     if any(_spectrum(model) for model in models):
         caption = "Covariance of the last hidden states."
-        found.append(Drawing("spectrum", "Spectrum of the last hidden state", caption, _spectra(models)))
-    return found
+        plots.append(Drawing("spectrum", "Spectrum of the last hidden state", caption, _spectra(models)))
+    return plots
 
 
 def _colored(models: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -135,7 +135,7 @@ def markdown(result: dict[str, Any]) -> str:
     against = f"{', '.join(names[1:])} against {names[0]}" if len(names) > 1 else names[0]
     parts = [f"# Geometry of {against}", tables(result)]
     parts += ["**Warnings:**\n\n" + "\n".join(f"- {line}" for line in result["warnings"])] if result["warnings"] else []
-    parts += [f"![{one.title}]({one.name}.png)\n\n{one.caption}" for one in drawings(result)]
+    parts += [f"![{each.title}]({each.name}.png)\n\n{each.caption}" for each in drawings(result)]
     rows = [[model["name"], model["model"]] for model in result["models"]]
     rows += [[name, str(value)] for name, value in {**settings, **versions}.items()]
     return "\n\n".join([*parts, table(["setting", "value"], rows)]) + "\n"

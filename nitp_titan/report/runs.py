@@ -1,4 +1,4 @@
-"""Run folders as variants of a comparison: what was measured, with which settings, and whether it can be compared."""
+"""Run folders as variants of a comparison: measurements, settings, and reasons why a comparison is not fair."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,32 +7,38 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nitp_titan.config.tables import flat
+from nitp_titan.config.tables import flat_settings
 from nitp_titan.errors import UserError
 
 Series = tuple[list[int], list[float]]
 
-# Settings that name a run and say nothing about it.
-_NAMES = ("dump_folder", "metrics.run_name", "metrics.run_group", "debug.seed")
-# Settings that decide what is compared: prefixes -> what a difference in them makes of the comparison. The parallelism
-# is not among them: sequences and losses are those of one rank in every layout.
+# Settings that name a run and do not change its results, and the seed.
+_NAMES = ("dump_folder", "[metrics] run_name", "[metrics] run_group", "[debug] seed")
+# Why variants do not compare fairly -> prefixes of settings in which they then differ. The parallelism is not among
+# them: sequences and losses are those of one rank in every layout.
 _UNFAIR = {
-    ("dataloader.", "hf_assets_path", "training.seq_len"): "the variants may see other data or another order",
-    ("training.global_batch_size",): "at the same step the variants have seen different numbers of tokens",
-    ("training.steps",): "at the same step the variants are at different parts of the learning-rate schedule",
-    ("model.family", "model.flavor", "optimizer.", "lr_scheduler.", "training.max_norm"): "more than NITP is compared",
-    ("checkpoint.initial_load",): "the variants may start from different weights",
-    ("validator.dataloader.", "validator.steps"): "validation is not on the same tokens",
-    ("geometry.validation_batches",): "validation geometry is not of the same tokens",
-    ("training.mixed_precision", "float8.", "training.dtype"): "the variants compute in different precision",
+    "the variants may see other data or another order": ("[dataloader] ", "hf_assets_path", "[training] seq_len"),
+    "at the same step the variants have seen different numbers of tokens": ("[training] global_batch_size",),
+    "at the same step the variants are at different parts of the learning-rate schedule": ("[training] steps",),
+    "more than NITP is compared": (
+        "[model] family",
+        "[model] flavor",
+        "[optimizer] ",
+        "[lr_scheduler] ",
+        "[training] max_norm",
+    ),
+    "the variants may start from different weights": ("[checkpoint] initial_load",),
+    "validation is not on the same tokens": ("[validator] dataloader.", "[validator] steps"),
+    "validation geometry is not of the same tokens": ("[geometry] validation_batches",),
+    "the variants compute in different precision": ("[training] mixed_precision", "[float8] ", "[training] dtype"),
 }
-# How data are read, which changes neither them nor their order.
+# Settings of how data are read, which change neither the data nor their order.
 _HARMLESS = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds, at whatever step the run is."""
+    """The content of a run folder, of a finished run or one that still trains."""
 
     folder: Path
     name: str
@@ -41,13 +47,13 @@ class Run:
     geometry: list[dict[str, Any]]
     validation_geometry: list[dict[str, Any]]
     settings: dict[str, Any]
-    """Every setting by ``table.key``; empty if the folder does not say."""
+    """Every setting by its name (``[training] steps``); empty if the folder has no resolved.json."""
 
     problems: list[str] = field(default_factory=list)
 
     @property
     def seed(self) -> int | None:
-        return self.settings.get("debug.seed")
+        return self.settings.get("[debug] seed")
 
     @property
     def last_step(self) -> int:
@@ -55,23 +61,23 @@ class Run:
 
     @property
     def planned_steps(self) -> int | None:
-        return self.settings.get("training.steps")
+        return self.settings.get("[training] steps")
 
     def series(self, key: str) -> Series:
-        """Steps and values of a stat of metrics.jsonl, where it was logged."""
+        """Steps and values of a key of metrics.jsonl, where it was logged."""
         return _series(self.records, [key])
 
     def validation_series(self) -> Series:
         """Steps and validation NTP losses."""
         return _series(self.validation, ["ntp_loss"])
 
-    def geometry_series(self, state: str, stat: str) -> Series:
-        """Steps and values of a stat of training mini-batches."""
-        return _series(self.geometry, [state, stat])
+    def geometry_series(self, site: str, stat: str) -> Series:
+        """Steps and values of a statistic of the states at a site, over training mini-batches."""
+        return _series(self.geometry, [site, stat])
 
-    def validation_geometry_series(self, state: str, stat: str) -> Series:
-        """Steps and values of a stat of the fixed validation batches."""
-        return _series(self.validation_geometry, [state, stat])
+    def validation_geometry_series(self, site: str, stat: str) -> Series:
+        """Steps and values of a statistic of the states at a site, over the fixed validation batches."""
+        return _series(self.validation_geometry, [site, stat])
 
 
 def _series(records: list[dict[str, Any]], path: Sequence[str]) -> Series:
@@ -100,12 +106,12 @@ class Variant:
     @property
     def is_ntp(self) -> bool:
         """Whether NTP alone was trained."""
-        weight = self.settings.get("nitp.weight")
+        weight = self.settings.get("[nitp] weight")
         return weight == 0 if weight is not None else not self.runs[0].series("nitp_loss")[1]
 
 
 def read_variants(arguments: Iterable[str]) -> tuple[list[Variant], list[str]]:
-    """Variants of ``[NAME=]FOLDER`` arguments, the baseline first, and what could not be read.
+    """Variants of ``[NAME=]FOLDER`` arguments, the baseline first, and a line for each file that could not be read.
 
     A folder without metrics.jsonl stands for the run folders in it. Runs with the same name, or without one and with
     the same settings but for the seed, are one variant.
@@ -140,7 +146,7 @@ def _with_names(variants: list[Variant]) -> list[Variant]:
     named = []
     for variant in variants:
         run = variant.runs[0]
-        recipe = str(run.settings.get("metrics.run_name") or "").rpartition("/")[2]
+        recipe = str(run.settings.get("[metrics] run_name") or "").rpartition("/")[2]
         choices = [variant.name] if variant.name else [recipe, run.folder.name, str(run.folder)]
         name = next(choice for choice in choices if choice and (variant.name or choice not in taken))
         taken.add(name)
@@ -175,11 +181,11 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Records of a metrics file. What a crash cut short or spoilt is left out, and said unless it is the last line."""
+    """Records of a metrics file, by step. Lines that are not records are left out, with a problem but for the last."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records, spoilt = [], []
+    records, damaged = [], []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -188,18 +194,18 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
         elif number < len(lines):
-            spoilt.append(number)
-    if spoilt:
-        shown = ", ".join(map(str, spoilt[:5])) + (", ..." if len(spoilt) > 5 else "")
+            damaged.append(number)
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         problems.append(
-            f"{path.name}: {len(spoilt)} of {len(lines)} lines are no records ({shown}); they are left out."
+            f"{path.name}: {len(damaged)} of {len(lines)} lines are not records ({numbers}); they are left out."
         )
     return sorted(records, key=lambda record: record["step"])
 
 
 def _read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        return flat(json.loads(path.read_text()))
+        return flat_settings(json.loads(path.read_text()))
     except FileNotFoundError:
         problems.append("no resolved.json: its settings are unknown.")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
@@ -208,31 +214,31 @@ def _read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Differences:
+class ChangedSettings:
     """Settings in which the variants differ, with the value of each variant."""
 
     nitp: dict[str, list[Any]]
     others: dict[str, list[Any]]
     warnings: list[str]
-    """Why the comparison is not fair."""
+    """Reasons why the comparison is not fair."""
 
 
-def differences(variants: Sequence[Variant]) -> Differences:
-    """Settings that differ between variants, beyond their seeds."""
+def changed_settings(variants: Sequence[Variant]) -> ChangedSettings:
+    """Settings in which variants differ, the seed aside, and what makes the comparison unfair."""
     known = [variant for variant in variants if variant.settings]
     keys = sorted({key for variant in known for key in variant.settings})
-    found = {key: [variant.settings.get(key) for variant in known] for key in keys}
-    found = {key: values for key, values in found.items() if any(value != values[0] for value in values)}
-    nitp = {key: values for key, values in found.items() if key.startswith("nitp.")}
-    others = {key: values for key, values in found.items() if key not in nitp}
+    by_key = {key: [variant.settings.get(key) for variant in known] for key in keys}
+    changed = {key: values for key, values in by_key.items() if any(value != values[0] for value in values)}
+    nitp = {key: values for key, values in changed.items() if key.startswith("[nitp] ")}
+    others = {key: values for key, values in changed.items() if key not in nitp}
     warnings = []
-    for prefixes, reason in _UNFAIR.items():
+    for reason, prefixes in _UNFAIR.items():
         if keys := [key for key in others if key.startswith(prefixes) and not key.endswith(_HARMLESS)]:
             warnings.append(f"{', '.join(keys)} differ{'s' if len(keys) == 1 else ''}: {reason}.")
     seeds = {variant.name: sorted(run.seed for run in variant.runs if run.seed is not None) for variant in known}
     if len({tuple(values) for values in seeds.values()}) > 1:
-        shown = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in seeds.items())
-        warnings.append(f"the seeds differ ({shown}): only runs with a seed in common are paired.")
+        texts = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in seeds.items())
+        warnings.append(f"the seeds differ ({texts}): only runs with a seed in common are paired.")
     last = {run.last_step for variant in variants for run in variant.runs}
     if len(last) > 1:
         warnings.append(
@@ -241,10 +247,10 @@ def differences(variants: Sequence[Variant]) -> Differences:
     if len(known) < len(variants):
         unknown = ", ".join(variant.name for variant in variants if not variant.settings)
         warnings.append(f"the settings of {unknown} are unknown: nothing says that the variants can be compared.")
-    return Differences(nitp, others, warnings)
+    return ChangedSettings(nitp, others, warnings)
 
 
 def common_steps(series: Iterable[Series]) -> list[int]:
-    """Steps at which every run has a stat, of the runs that have it at all: no other ones can be compared."""
+    """Steps that all series have, the empty ones aside: only these can be compared."""
     measured = [set(steps) for steps, _ in series if steps]
     return sorted(set.intersection(*measured)) if measured else []

@@ -1,12 +1,12 @@
-"""Statistics of a comparison: smoothing, the phases of the NITP loss, paired bootstrap intervals."""
+"""Statistics of a comparison: smoothing, the phases of the NITP loss, final values and their differences."""
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
 
+from nitp_titan.difference import Difference, mean_difference
 from nitp_titan.report.runs import (
     common_steps,
     Run,
@@ -14,18 +14,16 @@ from nitp_titan.report.runs import (
     Variant,
 )
 
-# Share of the run that the "final" values average over: single batches are noisy.
 FINAL_SHARE = 0.1
+"""Share of the run that final means are taken over: single batches are noisy."""
+
 _SMOOTHING_SHARE = 0.04
-_RESAMPLES = 10_000
-# The least number of pairs with which an interval is more than the two values themselves.
-ENOUGH_PAIRS = 3
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Centred moving average over a fixed share of the run; narrower at its start, where losses move fast.
 
-    Values that are not finite stay as they are and count in no average.
+    Values that are not finite stay as they are and are left out of the averages.
     """
     widest = max(1, round(len(values) * _SMOOTHING_SHARE / 2))
     finite = [math.isfinite(value) for value in values]
@@ -40,13 +38,12 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int, float]] | None:
-    """The three phases of the NITP loss (Fig. 5): where it starts, its low, its hump and its end.
+    """The three phases of the NITP loss (Fig. 5): start, collapse, hump and end.
 
     Returns:
-        ``{"start", "collapse", "hump", "end"}`` -> (step, smoothed value; the start is not
-        smoothed): the collapse is the minimum of the first half, the hump the maximum after it.
-        None if there is no collapse, to less than half of the start, no hump of at least twice the
-        collapse, or a value is not finite.
+        ``{"start", "collapse", "hump", "end"}`` -> (step, smoothed value; the start is not smoothed). The collapse is
+        the minimum of the first half, the hump the maximum after it. None if the loss does not fall below half of its
+        start, does not rise to twice its minimum, or is not finite everywhere.
     """
     if len(values) < 3 or not all(map(math.isfinite, values)):
         return None
@@ -61,7 +58,7 @@ def phases(steps: Sequence[int], values: Sequence[float]) -> dict[str, tuple[int
 
 
 def final_mean(series: Series) -> float | None:
-    """Mean over the last tenth of a series."""
+    """Mean over the last tenth of a series; None if it is empty."""
     _, values = series
     return fmean(values[-_final_count(values) :]) if values else None
 
@@ -71,29 +68,36 @@ def _final_count(values: Sequence) -> int:
 
 
 def last(series: Series) -> float | None:
+    """The last value of a series; None if it is empty."""
     return series[1][-1] if series[1] else None
 
 
 @dataclass(frozen=True)
 class Stat:
-    """A final stat of a run, and how it is shown."""
+    """A number that a run ends with, and how it is shown.
+
+    Args:
+        name: heading of its column.
+        format: format specification of its values.
+        series: steps and values of a run.
+        averaged: True for the mean over the last tenth of the steps, as single batches are noisy; False for the last
+            value.
+        compared: False where a difference of two variants says nothing about training.
+    """
 
     name: str
-    form: str
+    format: str
     series: Callable[[Run], Series]
     averaged: bool = False
-    """Whether it is the mean over the last steps, as single batches are noisy, and not the last value."""
-
     compared: bool = True
-    """Whether a difference of variants means something about training."""
 
     def steps(self, runs: Sequence[Run]) -> list[int]:
-        """Steps that the stat is made from, the same for all runs that have it."""
+        """Steps whose values count, the same for all runs that have any."""
         common = common_steps(self.series(run) for run in runs)
         return common[-_final_count(common) :] if self.averaged else common[-1:]
 
-    def of(self, run: Run, steps: Sequence[int]) -> float | None:
-        """Value of a run, from `steps`; None if the run lacks it."""
+    def value(self, run: Run, steps: Sequence[int]) -> float | None:
+        """Mean of a run's values at `steps`; None if one is missing."""
         values = dict(zip(*self.series(run)))
         return fmean(values[step] for step in steps) if steps and values.keys() >= set(steps) else None
 
@@ -110,51 +114,20 @@ STATS = [
 ]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean difference of a variant to the baseline over runs of the same seed."""
-
-    value: float
-    pairs: int
-    interval: tuple[float, float] | None
-    """95% bootstrap interval over pairs; None with fewer than `ENOUGH_PAIRS`."""
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
-
-
 def difference(variant: Variant, baseline: Variant, stat: Stat, steps: Sequence[int]) -> Difference | None:
-    """Paired difference ``variant - baseline`` of a final stat at the same steps; None without a pair.
+    """Mean of a statistic's differences ``variant - baseline`` over pairs of runs; None without a pair.
 
-    Runs of the same seed are a pair; where no seed is known, runs in their order.
+    Args:
+        steps: from `Stat.steps` of all runs.
     """
-    values = [
-        (ours, theirs)
-        for run, other in paired(variant, baseline)
-        if (ours := stat.of(run, steps)) is not None and (theirs := stat.of(other, steps)) is not None
-    ]
-    differences = [ours - theirs for ours, theirs in values]
-    if not differences:
-        return None
-    return Difference(fmean(differences), len(differences), bootstrap_interval(differences))
+    pairs = [(stat.value(run, steps), stat.value(reference, steps)) for run, reference in paired(variant, baseline)]
+    differences = [current - reference for current, reference in pairs if current is not None and reference is not None]
+    return mean_difference(differences) if differences else None
 
 
 def paired(variant: Variant, baseline: Variant) -> list[tuple[Run, Run]]:
-    """Runs of both variants with the same seed."""
+    """Runs of both variants with the same seed; where a seed is unknown, runs in their order."""
     if any(run.seed is None for run in (*variant.runs, *baseline.runs)):
         return list(zip(variant.runs, baseline.runs))
     by_seed = {run.seed: run for run in baseline.runs}
     return [(run, by_seed[run.seed]) for run in variant.runs if run.seed in by_seed]
-
-
-def bootstrap_interval(
-    values: Sequence[float], statistic: Callable[[Sequence[float]], float] = fmean
-) -> tuple[float, float] | None:
-    """95% percentile bootstrap interval (Efron 1979), seeded; None for fewer than `ENOUGH_PAIRS` values."""
-    if len(values) < ENOUGH_PAIRS:
-        return None
-    generator = random.Random(0)
-    found = sorted(statistic(generator.choices(values, k=len(values))) for _ in range(_RESAMPLES))
-    return found[round(0.025 * (_RESAMPLES - 1))], found[round(0.975 * (_RESAMPLES - 1))]

@@ -128,7 +128,9 @@ def check_run(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
         tensors: of the model, as `meta_tensors` gives them; not looked at without checkpoints.
     """
     _check_tokenizer(config, spec)
-    _check_dump_folder(config.dump_folder)
+    folder = config.dump_folder
+    if not is_remote(folder):
+        check_writable(Path(folder), f"dump_folder = '{folder}'", table="", key="dump_folder")
     _check_room(config, tensors)
 
 
@@ -151,16 +153,6 @@ def _check_tokenizer(config, spec: ModelSpec) -> None:
             table="",
             key="hf_assets_path",
         )
-
-
-def _check_dump_folder(dump_folder: str) -> None:
-    if is_remote(dump_folder):
-        return
-    try:
-        check_writable(Path(dump_folder))
-    except OSError as error:
-        message = f"dump_folder = '{dump_folder}' cannot be written: {error.filename}: {error.strerror}."
-        raise UserError(message, table="", key="dump_folder") from None
 
 
 def checkpoint_bytes(config, tensors: dict[str, Tensor]) -> int:

@@ -53,10 +53,10 @@ def main() -> None:
     # TorchTitan's own lines are about training.
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    from nitp_titan.report.folder import check_out
+    from nitp_titan.files import check_writable
     from overhead import bench, report
 
-    check_out(arguments.out)
+    check_writable(arguments.out, f"--out {arguments.out}")
     for part in arguments.only or PARTS:
         if part == "measured":
             found = bench.measured(

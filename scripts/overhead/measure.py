@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torchtitan.components.loss import ChunkedLossWrapper
 
-from nitp_titan.report.stats import bootstrap_interval
+from nitp_titan.difference import bootstrap_interval
 from nitp_titan.sizing import trace
 from nitp_titan.training.trainer import NITPTrainer
 

@@ -1,1 +1,1 @@
-"""Which mechanisms show on a small model: the study. `python scripts/study`."""
+"""The study of the paper's mechanisms on a small model. `python scripts/study`."""

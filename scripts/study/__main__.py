@@ -12,7 +12,6 @@ import queue
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 # `python scripts/study` has the folder itself on the path, not the one it lies in.
@@ -36,16 +35,23 @@ LARGE_VOCABULARY = ("assets/stdlib_16k", 16384)
 FLAGS = ["--metrics.log_freq", "1", "--geometry.interval", "25", "--validator.freq", "100"]
 
 
-# Of the runs, which are threads here.
-PRINTING = threading.Lock()
+class Log:
+    """Prints every hundredth step of a run, its other messages, and the time left for all after each run."""
 
+    def __init__(self, num_runs: int):
+        self.progress, self.lock = Progress(num_runs, "runs"), threading.Lock()
 
-def log_line(run: TrainingRun, line: str) -> None:
-    """Every line of a run, but of its steps each hundredth."""
-    step = line.removeprefix("step ").partition("/")[0]
-    if not line.startswith("step ") or (step.isdigit() and int(step) % 100 == 0):
-        with PRINTING:
-            print(f"{run.name}: {line}", flush=True)
+    def message(self, run: TrainingRun, text: str) -> None:
+        step = text.removeprefix("step ").partition("/")[0]
+        if not text.startswith("step ") or (step.isdigit() and int(step) % 100 == 0):
+            with self.lock:
+                print(f"{run.name}: {text}", flush=True)
+
+    def end_of_run(self, *, trained: bool) -> None:
+        with self.lock:
+            self.progress.add(from_before=not trained)
+            if trained:
+                print(self.progress, flush=True)
 
 
 def main() -> None:
@@ -94,27 +100,22 @@ def train(names: list[str], seeds: list[int], out: Path, parallel: int) -> None:
         for seed in seeds
         for name in names
     ]
-    progress = Progress(len(runs))
+    log = Log(len(runs))
     cores = queue.SimpleQueue()
     for worker in range(parallel):
         cores.put(sorted(os.sched_getaffinity(0))[worker::parallel])
 
     def train_one(run: TrainingRun) -> None:
-        finished = run.finished()
-        run.train(partial(log_line, run))
-        with PRINTING:
-            if finished:
-                progress.skip()
-                return
-            progress.done += 1
-            print(f"{progress.done} of {progress.total} runs, {progress.left}", flush=True)
+        was_finished = run.finished()
+        run.train(lambda text: log.message(run, text))
+        log.end_of_run(trained=not was_finished)
 
     with ThreadPoolExecutor(parallel, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
         try:
-            for done in [pool.submit(train_one, run) for run in runs]:
-                done.result()
+            for future in [pool.submit(train_one, run) for run in runs]:
+                future.result()
         except BaseException:
-            # Otherwise those that wait would still be trained.
+            # Else the runs that wait would still be trained.
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all()
             raise

@@ -1,4 +1,4 @@
-"""The mechanism study: which of the paper's claims the runs of recipes/study show."""
+"""The table of the mechanism study: claims of the paper, and whether the runs of recipes/study show them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from pathlib import Path
 from statistics import fmean, median
 
 from nitp_titan import markdown
+from nitp_titan.difference import bootstrap_interval
 from nitp_titan.errors import UserError
 from nitp_titan.report.runs import read_variants, Run, Variant
 from nitp_titan.report.stats import (
-    bootstrap_interval,
     final_mean,
     last,
     paired,
     phases,
 )
 
-Value = Callable[[Run], float | None]
+Getter = Callable[[Run], float | None]
 
 _NOTE = (
     "Value: mean over seeds (smallest to largest). Interval: 95% bootstrap of the mean difference over pairs of the "
@@ -47,8 +47,8 @@ def _validation(run: Run) -> float | None:
     return last(run.validation_series())
 
 
-def _validated(stat: str, state: str = "hidden") -> Value:
-    return lambda run: last(run.validation_geometry_series(state, stat))
+def _validated(stat: str, site: str = "hidden") -> Getter:
+    return lambda run: last(run.validation_geometry_series(site, stat))
 
 
 def _rank_over_peak(run: Run) -> float | None:
@@ -59,18 +59,18 @@ def _rank_over_peak(run: Run) -> float | None:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A claim of the paper that one number can bear out or not."""
+    """A claim of the paper that one number of a run supports or contradicts."""
 
     claim: str
     stat: str
-    of: Value
-    form: str
+    value_of: Getter
+    format: str
     variant: str
     baseline: str | None
-    """Variant that it is compared with; None if the number speaks for itself."""
+    """Variant that it is compared with; None if the number itself is compared with 1."""
 
     expected: int
-    """1 if the claim is a larger number than the baseline's, or than 1 without one; -1 a smaller; 0 the same."""
+    """1 for a claim that the number is larger than the baseline's (without one: than 1), -1 smaller, 0 the same."""
 
     negligible: float = 0.0
     """Size of a difference that still counts as the same."""
@@ -103,7 +103,7 @@ def _against_ntp(variant: str, baseline: str = "ntp", note: str = "") -> list[Me
 
 def _falls(variant: str, note: str = "") -> Mechanism:
     claim = f"effective rank of NTP falls after its peak{note}"
-    # At most 1 by its making: a twentieth is no fall.
+    # A ratio to the largest value is at most 1: less than a twentieth below it is not a fall.
     return Mechanism(claim, "last over largest, validation", _rank_over_peak, ".2f", variant, None, -1, negligible=0.05)
 
 
@@ -168,7 +168,7 @@ def read_study(folder: Path) -> dict[str, Variant]:
 
 
 def mechanisms_table(variants: dict[str, Variant]) -> str:
-    """Markdown table of the mechanisms whose variants have finished runs, and how to read it."""
+    """Markdown table of the mechanisms whose variants have finished runs, with a note on how to read it."""
     header = ["claim", "statistic", "variant", "value", "baseline", "difference (95% interval)", "seeds", "seen"]
     rows = [row for mechanism in MECHANISMS if (row := _row(mechanism, variants))]
     if not rows:
@@ -177,28 +177,29 @@ def mechanisms_table(variants: dict[str, Variant]) -> str:
 
 
 def _row(mechanism: Mechanism, variants: dict[str, Variant]) -> list[str] | None:
-    of, form = mechanism.of, mechanism.form
+    value_of, spec = mechanism.value_of, mechanism.format
     if mechanism.variant not in variants or (mechanism.baseline and mechanism.baseline not in variants):
         return None
+    names, reference, difference = mechanism.variant, "-", "-"
     if mechanism.baseline is None:
-        values = [value for run in variants[mechanism.variant].runs if (value := of(run)) is not None]
-        changes, reference = [value - 1 for value in values], ["-", "-"]
+        values = [value for run in variants[mechanism.variant].runs if (value := value_of(run)) is not None]
+        changes = [value - 1 for value in values]
     else:
-        pairs = [
-            (of(run), of(other)) for run, other in paired(variants[mechanism.variant], variants[mechanism.baseline])
-        ]
-        pairs = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
-        values, changes = [ours for ours, _ in pairs], [ours - theirs for ours, theirs in pairs]
+        runs = paired(variants[mechanism.variant], variants[mechanism.baseline])
+        pairs = [(value_of(run), value_of(other)) for run, other in runs]
+        pairs = [(value, other) for value, other in pairs if value is not None and other is not None]
+        values, changes = [value for value, _ in pairs], [value - other for value, other in pairs]
     if not values:
         return None
     interval = bootstrap_interval(changes)
     if mechanism.baseline is not None:
-        spread = f" ({interval[0]:+z{form}} to {interval[1]:+z{form}})" if interval else ""
-        shown = f"{fmean(changes):+z{form}}{spread}"
-        reference = [f"{fmean([theirs for _, theirs in pairs]):z{form}}", shown]
-    value = f"{fmean(values):z{form}} ({min(values):z{form}} to {max(values):z{form}})"
-    names = f"{mechanism.variant}" + (f" against {mechanism.baseline}" if mechanism.baseline else "")
-    return [mechanism.claim, mechanism.stat, names, value, *reference, str(len(values)), _seen(mechanism, interval)]
+        names += f" against {mechanism.baseline}"
+        reference = f"{fmean(other for _, other in pairs):z{spec}}"
+        spread = f" ({interval[0]:+z{spec}} to {interval[1]:+z{spec}})" if interval else ""
+        difference = f"{fmean(changes):+z{spec}}{spread}"
+    value = f"{fmean(values):z{spec}} ({min(values):z{spec}} to {max(values):z{spec}})"
+    seen = _seen(mechanism, interval)
+    return [mechanism.claim, mechanism.stat, names, value, reference, difference, str(len(values)), seen]
 
 
 def _seen(mechanism: Mechanism, interval: tuple[float, float] | None) -> str:

@@ -67,8 +67,8 @@ def test_show_merges_the_base_and_with_a_train_config_resolves_everything():
 
 def test_diff_shows_only_what_differs_defaults_included():
     differing = json.loads(_tool("diff", "moe/nitp_3b_a0.5b", "ablations/loss_mse", "--json").stdout)
-    assert differing == {"nitp.loss": ["cosine", "mse"]}
-    assert "nitp.loss" in _tool("diff", "moe/nitp_3b_a0.5b", "ablations/loss_mse").stdout
+    assert differing == {"[nitp] loss": ["cosine", "mse"]}
+    assert "[nitp] loss" in _tool("diff", "moe/nitp_3b_a0.5b", "ablations/loss_mse").stdout
     assert _tool("diff", "dense/ntp_3b", "dense/ntp_3b").stdout == "no difference\n"
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.image import imread
 from geometry_of_models import (
     DIM,
     DOCUMENTS,
@@ -13,7 +14,6 @@ from geometry_of_models import (
     make,
     SIZES,
 )
-from matplotlib.image import imread
 from processes import warm_python
 from transformers import (
     AutoTokenizer,
@@ -30,7 +30,7 @@ from nitp_titan.evaluation.geometry import (
     tokenized,
 )
 from nitp_titan.evaluation.pretrained import read_models
-from nitp_titan.report.folder import check_out
+from nitp_titan.files import check_writable
 from nitp_titan.report.pretrained_geometry import as_json, tables, write
 
 
@@ -194,7 +194,7 @@ def test_missing_files_are_named_with_the_nearest(saved, text):
     with pytest.raises(UserError, match="two models are called .*; give names: --model NTP=DIR NITP=DIR"):
         read_models([str(saved["gpt2"])] * 2)
     with pytest.raises(UserError, match="--out .*text.jsonl/a/b cannot be written: .*text.jsonl: Not a directory"):
-        check_out(text / "a/b")
+        check_writable(text / "a/b", f"--out {text}/a/b")
 
 
 def test_blank_documents_count_and_a_missing_bos_is_warned_of(saved, tmp_path):

@@ -35,14 +35,14 @@ def test_the_error_of_a_ratio_is_that_of_many_draws():
 
 
 def test_a_pair_of_the_same_documents_has_the_error_of_their_differences():
-    ours, theirs = [1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]
-    found = difference(_score(ours), _score(theirs))
-    assert found.paired and found.value == 0.25
+    current, reference = [1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]
+    found = difference(_score(current), _score(reference))
+    assert found.pairs == 4 and found.value == 0.25
     assert_close(found.stderr, statistics.stdev([0.0, 1.0, 0.0, 0.0]) / 2)
-    other = difference(_score(ours), _score(theirs, documents="others"))
-    assert not other.paired
-    assert_close(other.stderr, math.hypot(_score(ours).stderr, _score(theirs).stderr))
-    assert difference(_score(ours, scale="nats of a"), _score(theirs, scale="nats of b")) is None
+    other = difference(_score(current), _score(reference, documents="others"))
+    assert other.pairs == 0
+    assert_close(other.stderr, math.hypot(_score(current).stderr, _score(reference).stderr))
+    assert difference(_score(current, scale="nats of a"), _score(reference, scale="nats of b")) is None
 
 
 def test_the_error_of_an_exponential_follows_its_slope():

@@ -11,9 +11,9 @@ import sys
 import pytest
 from overhead import report
 
+from nitp_titan.difference import bootstrap_interval
 from nitp_titan.errors import UserError
 from nitp_titan.report import stats
-from nitp_titan.report.stats import bootstrap_interval
 
 
 def _variant(matmul, ratio, peak):

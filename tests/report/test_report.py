@@ -13,12 +13,12 @@ from processes import warm_python
 from report_runs import three_phases, write_run
 from study.report import MECHANISMS
 
+from nitp_titan.difference import bootstrap_interval
 from nitp_titan.errors import UserError
 from nitp_titan.report import drawing, plots
 from nitp_titan.report.page import Report
-from nitp_titan.report.runs import common_steps, differences, read_variants
+from nitp_titan.report.runs import changed_settings, common_steps, read_variants
 from nitp_titan.report.stats import (
-    bootstrap_interval,
     difference,
     phases,
     smoothed,
@@ -44,10 +44,10 @@ def variants_of(*arguments):
 
 
 def value(name, run):
-    return BY_NAME[name].of(run, BY_NAME[name].steps([run]))
+    return BY_NAME[name].value(run, BY_NAME[name].steps([run]))
 
 
-def test_final_figures_are_means_over_the_last_tenth_or_last_values(tmp_path):
+def test_final_values_are_means_over_the_last_tenth_or_last_values(tmp_path):
     (variant,) = variants_of(write_run(tmp_path / "ntp"))
     run = variant.runs[0]
     assert BY_NAME["NTP loss"].steps([run]) == list(range(91, 101))
@@ -63,7 +63,7 @@ def _thinned(folder, name: str, keep) -> None:
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if keep(json.loads(line)["step"])))
 
 
-def test_figures_of_different_steps_never_stand_side_by_side(tmp_path):
+def test_values_of_different_steps_never_stand_side_by_side(tmp_path):
     """One variant validates at 1, 25, 50, 75, 100, the other at 1, 50, 100 and its last validation is lost; one logs
     every step, the other every third."""
     a = write_run(tmp_path / "a", validator={"freq": 25})
@@ -83,12 +83,12 @@ def test_figures_of_different_steps_never_stand_side_by_side(tmp_path):
     _, rows = report.difference_table()
     assert ["validation NTP loss", "50", "nitp_debug", "-0.5000", "-", "1", "may be chance"] in rows
     assert "validation NTP loss -0.5000 at step 50" in report.sentences()[0]
-    assert "Output of every layer at step 75." in [one.caption for one in report.drawings]
+    assert "Output of every layer at step 75." in [each.caption for each in report.drawings]
     # Another interval is not another set of tokens.
-    assert report.settings.warnings == [] and list(report.settings.others) == ["validator.freq"]
+    assert report.settings.warnings == [] and list(report.settings.others) == ["[validator] freq"]
 
 
-def test_a_figure_without_a_step_in_common_is_said_and_not_shown(tmp_path):
+def test_a_statistic_without_a_step_in_common_is_named_and_not_compared(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases)
     _thinned(a, "validation", lambda step: step in (1, 50))
     _thinned(b, "validation", lambda step: step in (25, 75))
@@ -103,12 +103,12 @@ def test_nothing_that_the_load_of_the_machine_decides_is_compared(seeds):
     header, rows = report.final_table()
     for words in ("overhead", "tokens/s", "+0.0%"):
         assert words not in header and not any(words in cell for row in rows for cell in row)
-    assert "do not show the cost of a variant: scripts/overhead" in report.markdown()
+    assert "say nothing of what a variant costs: scripts/overhead" in report.markdown()
 
 
 def test_the_largest_gradient_is_compared_with_the_median_of_an_even_number_too(tmp_path):
     (variant,) = variants_of(write_run(tmp_path / "a", lr_scheduler={"warmup_steps": 0}))
-    (spikes,) = {one.of for one in MECHANISMS if one.stat == "largest gradient over the median"}
+    (spikes,) = {each.value_of for each in MECHANISMS if each.stat == "largest gradient over the median"}
     for norms, ratio in (([1.0, 3.0, 6.0], 2.0), ([1.0, 3.0, 5.0, 8.0], 2.0)):
         records = [record | {"grad_norm": norm} for record, norm in zip(variant.runs[0].records, norms)]
         assert spikes(dataclasses.replace(variant.runs[0], records=records)) == pytest.approx(ratio)
@@ -179,7 +179,7 @@ def test_two_variants_of_one_recipe_take_the_names_of_their_folders(tmp_path):
 def test_differences_are_paired_by_seed(seeds):
     ntp, nitp = variants_of(seeds / "ntp", seeds / "nitp")
     found = difference(nitp, ntp, BY_NAME["validation NTP loss"], [100])
-    assert found.value == pytest.approx(-0.2) and found.pairs == 3 and found.shown
+    assert found.value == pytest.approx(-0.2) and found.pairs == 3 and found.excludes_zero
     assert found.interval == (pytest.approx(-0.3), pytest.approx(-0.1))
     assert difference(nitp, ntp, BY_NAME["NITP loss"], [100]) is None
 
@@ -188,9 +188,9 @@ def test_only_common_seeds_are_paired(seeds):
     (seeds / "ntp/seed_2/metrics.jsonl").unlink()
     ntp, nitp = variants_of(seeds / "ntp", seeds / "nitp")
     found = difference(nitp, ntp, BY_NAME["validation NTP loss"], [100])
-    assert found.pairs == 2 and found.interval is None and not found.shown
+    assert found.pairs == 2 and found.interval is None and not found.excludes_zero
     assert any(
-        "the seeds differ (ntp_debug: 1, 3; nitp_debug: 1, 2, 3)" in w for w in differences([ntp, nitp]).warnings
+        "the seeds differ (ntp_debug: 1, 3; nitp_debug: 1, 2, 3)" in w for w in changed_settings([ntp, nitp]).warnings
     )
 
 
@@ -227,14 +227,14 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
 def test_an_unfair_comparison_is_called_so(tmp_path, table, key, value, reason):
     write_run(tmp_path / "a", steps=50)
     write_run(tmp_path / "b", steps=50, nitp=three_phases, **{table: {key: value}})
-    found = differences(read_variants([str(tmp_path / "a"), str(tmp_path / "b")])[0])
-    assert list(found.others) == [f"{table}.{key}"]
-    assert found.warnings == [f"{table}.{key} differs: {reason}."]
+    found = changed_settings(read_variants([str(tmp_path / "a"), str(tmp_path / "b")])[0])
+    assert list(found.others) == [f"[{table}] {key}"]
+    assert found.warnings == [f"[{table}] {key} differs: {reason}."]
 
 
 def test_a_fair_comparison_differs_in_nitp_alone(seeds):
-    found = differences(variants_of(seeds / "ntp", seeds / "nitp"))
-    assert found.nitp == {"nitp.weight": [0.0, 1.0]} and found.others == {} and found.warnings == []
+    found = changed_settings(variants_of(seeds / "ntp", seeds / "nitp"))
+    assert found.nitp == {"[nitp] weight": [0.0, 1.0]} and found.others == {} and found.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -255,8 +255,8 @@ def test_harmless_settings_are_named_without_a_warning(tmp_path, table, key, val
     variants = variants_of(
         write_run(tmp_path / "a"), write_run(tmp_path / "b", nitp=three_phases, **{table: {key: value}})
     )
-    found = differences(variants)
-    assert list(found.others) == [f"{table}.{key}"] and found.warnings == []
+    found = changed_settings(variants)
+    assert list(found.others) == [f"[{table}] {key}"] and found.warnings == []
 
 
 def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(tmp_path):
@@ -265,8 +265,8 @@ def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(tmp_path):
     variants, problems = read_variants([str(tmp_path / "a"), str(tmp_path / "b")])
     assert problems == [f"{tmp_path / 'b'}: at step 60 of 100; it is compared as far as it is."]
     assert common_steps(run.series("tokens") for variant in variants for run in variant.runs) == list(range(1, 61))
-    said = "the runs are at steps 60 to 100: values are compared at steps that all of them have."
-    assert said in differences(variants).warnings
+    message = "the runs are at steps 60 to 100: values are compared at steps that all of them have."
+    assert message in changed_settings(variants).warnings
     report = Report(variants, problems)
     header, rows = report.final_table()
     assert [row[header.index("tokens")] for row in rows] == ["30,720", "30,720", "60"]
@@ -286,7 +286,7 @@ def test_damaged_files_are_named_and_the_rest_is_drawn(tmp_path):
     assert problems == [
         f"{tmp_path}/empty has no metrics.jsonl; it is not the folder of a training run.",
         f"{tmp_path}/missing does not exist.",
-        f"{tmp_path}/b: metrics.jsonl: 2 of 100 lines are no records (5, 10); they are left out.",
+        f"{tmp_path}/b: metrics.jsonl: 2 of 100 lines are not records (5, 10); they are left out.",
         f"{tmp_path}/b: resolved.json is damaged: its settings are unknown.",
     ]
     report = Report(variants, problems)
@@ -352,12 +352,12 @@ def test_the_tables_have_mean_range_difference_and_steps(seeds):
     assert not any(row[0] in ("tokens", "NITP loss") for row in rows)
 
 
-def test_a_figure_that_rounds_to_nothing_has_no_sign_of_less(seeds):
+def test_a_value_that_rounds_to_nothing_has_no_sign_of_less(seeds):
     variants = variants_of(seeds / "ntp", seeds / "nitp")
     tiny = {"hidden": {"tokens": 512, "effective_rank": 9.0, "cosine": -1e-9}}
     for index, variant in enumerate(variants):
-        probe = [{"step": 100, "hidden": tiny["hidden"] | {"cosine": -1e-9 * (index + 1)}}]
-        variant.runs[:] = [dataclasses.replace(run, validation_geometry=probe) for run in variant.runs]
+        validated = [{"step": 100, "hidden": tiny["hidden"] | {"cosine": -1e-9 * (index + 1)}}]
+        variant.runs[:] = [dataclasses.replace(run, validation_geometry=validated) for run in variant.runs]
     report = Report(variants)
     header, rows = report.final_table()
     assert [row[header.index("validation cosine")] for row in rows] == ["0.000 ± 0.000", "0.000 ± 0.000", "100"]
@@ -366,10 +366,10 @@ def test_a_figure_that_rounds_to_nothing_has_no_sign_of_less(seeds):
     assert "validation cosine +0.000 (+0.000 to +0.000)" in report.sentences()[0]
 
 
-def test_every_figure_is_a_file_and_in_the_page(seeds):
+def test_every_plot_is_a_file_and_in_the_page(seeds):
     report = Report(variants_of(seeds / "ntp", seeds / "nitp"))
     report.write(seeds / "out")
-    names = [one.name for one in report.drawings]
+    names = [each.name for each in report.drawings]
     assert {"ntp_loss", "validation_ntp_loss", "nitp_loss", "effective_rank", "cosine", "spectra"} < set(names)
     assert {"layers_effective_rank", "learning_rate", "throughput", "validation_effective_rank"} < set(names)
     for name in names:
@@ -399,8 +399,8 @@ def _axes_of(drawn):
 
 
 def test_no_unit_is_invented_and_a_cut_axis_says_so(seeds):
-    by_name = {one.name: one for one in Report(variants_of(seeds / "ntp", seeds / "nitp")).drawings}
-    labels = {name: _axes_of(one)[1].get_ylabel() for name, one in by_name.items()}
+    by_name = {each.name: each for each in Report(variants_of(seeds / "ntp", seeds / "nitp")).drawings}
+    labels = {name: _axes_of(plot)[1].get_ylabel() for name, plot in by_name.items()}
     assert not any("direction" in label for label in labels.values())
     assert labels["effective_rank"] == "effective rank (log scale)"
     _, axes = _axes_of(by_name["ntp_loss"])
@@ -411,13 +411,13 @@ def test_no_unit_is_invented_and_a_cut_axis_says_so(seeds):
 
 def test_legends_and_words_lie_on_no_curve_and_grids_behind_bars(seeds):
     drawings = Report(variants_of(seeds / "ntp", seeds / "nitp")).drawings
-    for one in drawings:
-        figure, axes = _axes_of(one)
+    for each in drawings:
+        figure, axes = _axes_of(each)
         assert axes.get_legend() is None and len(figure.legends) == 1
         legend, area = figure.legends[0].get_window_extent(), axes.get_window_extent()
         assert not legend.overlaps(area)
         assert axes.get_axisbelow() is True
-    _, axes = _axes_of(next(one for one in drawings if one.name == "nitp_loss"))
+    _, axes = _axes_of(next(each for each in drawings if each.name == "nitp_loss"))
     words = [text.get_window_extent() for text in axes.texts]
     curves = [axes.transData.transform(line.get_xydata()) for line in axes.lines if line.get_label()[0] != "_"]
     assert len(words) == 2 and len(curves) == 1
@@ -455,7 +455,7 @@ def test_the_records_of_a_training_run_are_what_the_report_reads(tmp_path, asset
 
     train(make_config(tmp_path / "run", geometry={"enable": True, "interval": 1, "layers": True}))
     (variant,) = read_variants([str(tmp_path / "run")])[0]
-    names = {one.name for one in plots.drawings([variant])}
+    names = {each.name for each in plots.drawings([variant])}
     assert {"ntp_loss", "nitp_loss", "effective_rank", "cosine", "target_effective_rank", "spectra"} < names
     assert {"layers_effective_rank", "learning_rate", "throughput"} < names
     assert variant.runs[0].seed == 42 and not variant.is_ntp

@@ -1,4 +1,4 @@
-"""The mechanism study: its runs start, stop and go on, and its table says only what its seeds show."""
+"""The mechanism study: its runs start, stop and resume, and its table says only what its seeds show."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from processes import warm_python
 from report_runs import three_phases, write_run
 from study.report import MECHANISMS, mechanisms_table, read_study
 
-from nitp_titan.cli.launch import TrainingRun as Training
+from nitp_titan.cli.launch import TrainingRun
 from nitp_titan.config import recipe
 from nitp_titan.errors import UserError
 
@@ -77,10 +77,10 @@ def test_a_loss_is_preserved_within_a_hundredth(tmp_path, lower, seen):
 def test_a_rank_falls_if_it_ends_a_twentieth_below_its_peak(tmp_path, last, seen):
     for seed in (1, 2, 3):
         folder = write_run(tmp_path / f"ntp/seed_{seed}", seed=seed)
-        probe = [
+        records = [
             {"step": step, "hidden": {"effective_rank": rank}} for step, rank in ((100, 50.0), (200, 12.0), (300, last))
         ]
-        (folder / "validation_geometry.jsonl").write_text("".join(json.dumps(record) + "\n" for record in probe))
+        (folder / "validation_geometry.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     row = _rows(mechanisms_table(read_study(tmp_path)))["effective rank of NTP falls after its peak"]
     assert row["seen"] == seen and row["value"].startswith(f"{last / 12:.2f}")
 
@@ -97,25 +97,29 @@ def test_a_folder_without_runs_is_named(tmp_path):
         read_study(tmp_path)
 
 
-def _training(folder, *flags: str) -> Training:
+def _training(folder, *flags: str) -> TrainingRun:
     paths = recipe.find("study/ntp", "recipes"), recipe.find("cpu", "train_configs")
-    return Training(name="ntp", recipe=paths[0], train_config=paths[1], folder=folder, flags=list(flags))
+    return TrainingRun(name="ntp", recipe=paths[0], train_config=paths[1], folder=folder, flags=list(flags))
 
 
 def test_a_finished_run_is_not_trained_again_and_one_with_other_settings_is_kept_aside(tmp_path, assets):
-    said = []
+    messages = []
     small = ("--training.steps", "2", "--validator.no-enable", "--checkpoint.no-enable")
     run = _training(tmp_path / "run", *small)
     assert not run.finished()
-    run.train(said.append)
-    assert run.finished() and any(line.startswith("step 1/2") for line in said) and said[-1].startswith("trained in")
-    said.clear()
-    run.train(said.append)
-    assert said == [f"already trained ({tmp_path / 'run'})"]
+    run.train(messages.append)
+    assert (
+        run.finished()
+        and any(line.startswith("step 1/2") for line in messages)
+        and messages[-1].startswith("trained in")
+    )
+    messages.clear()
+    run.train(messages.append)
+    assert messages == [f"already trained ({tmp_path / 'run'})"]
     written = (tmp_path / "run/metrics.jsonl").read_text()
     other = _training(tmp_path / "run", *small, "--debug.seed", "7")
     assert not other.finished()
-    other.train(said.append)
+    other.train(messages.append)
     assert (tmp_path / "run.1/metrics.jsonl").read_text() == written
     assert json.loads((tmp_path / "run/resolved.json").read_text())["debug"]["seed"] == 7
 

@@ -119,7 +119,7 @@ class _Progress:
         self._first = self._counts()
         # The documents of a stream are known at its end only; its shards are.
         self._unit, total = (0, job.num_shards) if job.num_documents is None else (1, job.num_documents)
-        self._progress = Progress(total, done=self._first[self._unit])
+        self._progress = Progress(total, done=self._first[self._unit], seconds_between_lines=SECONDS_BETWEEN_LINES)
 
     def _look(self) -> None:
         for shard in range(self._job.num_shards):
@@ -134,11 +134,11 @@ class _Progress:
         return len(self.done), documents, tokens
 
     def seconds_to_line(self) -> float:
-        return self._progress.seconds_to_line(SECONDS_BETWEEN_LINES)
+        return self._progress.seconds_to_line()
 
     def log(self, log: Callable[[str], None]) -> None:
         """A line, if it is time for one."""
-        if not self._progress.line_due(SECONDS_BETWEEN_LINES):
+        if not self._progress.line_is_due():
             return
         self._look()
         shards, documents, tokens = now = self._counts()
@@ -151,6 +151,6 @@ class _Progress:
             f"documents {documents:,}",
             f"tokens {tokens:,}",
             f"{(tokens - self._first[2]) / self._progress.seconds:,.0f} tok/s",
-            self._progress.left,
+            self._progress.left(),
         ]
         log("  ".join(part for part in parts if part))
