@@ -7,19 +7,19 @@ PORTS.json holds ``{name: free port}``; a name is that of a layout, or ``seeds/<
 
 import dataclasses
 import faulthandler
-import gc
 import json
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.distributed as dist
 from helpers import gradient_norms, make_config, weight_norm
 from matrix import Layout, LAYOUTS
 
@@ -27,9 +27,6 @@ from nitp_titan.config import schedules
 from nitp_titan.objectives import nitp, parallelize
 from nitp_titan.runs import preflight
 from nitp_titan.training.trainer import NITPTrainer
-
-MOST_TOGETHER = 12
-"""Layouts of one process: each leaves its groups behind, with their threads and sockets."""
 
 
 def _without_halo(z_chunks, position_chunks, group):
@@ -95,64 +92,40 @@ def linear_types(run: NITPTrainer) -> dict[str, str]:
     return {name: type(module).__name__ for name, module in modules if isinstance(module, torch.nn.Linear)}
 
 
-def in_child(folder: Path, names: list[str], port: int) -> int:
-    """Do some layouts one after the other in a forked process; returns how many, one that failed included.
+def in_child(path: Path, port: int, work: Callable[[], dict | None]) -> None:
+    """Do some work in a forked process: TorchTitan's meshes are globals, its import takes seconds.
 
-    They share a process group and what DTensor has learnt of its operators, which is most of a layout's time. After a
-    failure the next ones need a new process, as ranks may wait for each other.
-    Rank 0 writes what a layout returns to ``<name>.json``. Beside it any rank writes ``.<rank>.error``, the reason of
+    Rank 0 writes what the work returns to ``path``. Beside it any rank writes ``.<rank>.error``, the reason of
     its failure, or ``.<rank>.signal``, what ended its process from outside of Python.
     """
-    reading, writing = os.pipe()
+    path.parent.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child:
-        os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            done = len(pipe.read())
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
-            path = folder / f"{names[done]}.{os.environ['RANK']}.signal"
-            path.write_text(signal.Signals(os.WTERMSIG(status)).name)
-            done += 1
-        return done
+            path.with_suffix(f".{os.environ['RANK']}.signal").write_text(signal.Signals(os.WTERMSIG(status)).name)
+        return
     # Where it was goes to stderr, which the launch's log keeps.
     faulthandler.enable()
-    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
-    for name in names:
-        path = folder / f"{name}.json"
-        try:
-            kind, _, model = name.partition("/")
-            result = make_seed(folder, model) if kind == "seeds" else run_layout(folder, LAYOUTS[name])
-            if os.environ["RANK"] == "0":
-                path.write_text(json.dumps(result))
-            # Ranks agree on the layouts that are done.
-            dist.barrier()
-        except BaseException:
-            path.with_suffix(f".{os.environ['RANK']}.error").write_text(traceback.format_exc())
-            os.write(writing, b".")
-            break
-        os.write(writing, b".")
-        gc.collect()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def _together(names: list[str]) -> list[str]:
-    """The first names that one process can do: not after a compiler, a change of the code, or too many groups."""
-    alone = [name for name in names if name.startswith("seeds/") or LAYOUTS[name].alone]
-    first = names.index(alone[0]) if alone else len(names)
-    return names[: min(max(first, 1), MOST_TOGETHER)]
+    try:
+        os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+        result = work()
+        if os.environ["RANK"] == "0":
+            path.write_text(json.dumps(result))
+    except Exception:
+        path.with_suffix(f".{os.environ['RANK']}.error").write_text(traceback.format_exc())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def main() -> None:
     folder, ports = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    names = list(ports)
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    while names:
-        done = in_child(folder, _together(names), ports[names[0]])
-        names = names[done:]
+    for name, port in ports.items():
+        kind, _, model = name.partition("/")
+        work = partial(make_seed, folder, model) if kind == "seeds" else partial(run_layout, folder, LAYOUTS[name])
+        in_child(folder / f"{name}.json", port, work)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,6 @@ class Layout:
     def model(self) -> str:
         return self.name.partition("/")[0]
 
-    @property
-    def alone(self) -> bool:
-        """Whether it needs a process of its own, as it changes code or compiles it."""
-        return self.control is not None or "compile" in self.sections
-
 
 LAYOUTS: dict[str, Layout] = {}
 
