@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from matplotlib.image import imread
 from geometry_of_models import (
     DIM,
     DOCUMENTS,
@@ -14,6 +13,7 @@ from geometry_of_models import (
     make,
     SIZES,
 )
+from matplotlib.image import imread
 from processes import warm_python
 from transformers import (
     AutoTokenizer,
