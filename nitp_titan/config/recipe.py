@@ -222,7 +222,7 @@ def read_any(recipe: Path) -> Settings:
 
 
 def _misspelt(settings: Settings, table: str, key: str) -> str:
-    """What a file has in place of a missing key, or of its table."""
+    """A present name near a missing key, or near its table."""
     if table in settings.tables:
         written = {key: [name for name in settings.tables[table] if not is_recipe_key(table, name)]}
     else:

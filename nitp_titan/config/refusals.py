@@ -1,4 +1,4 @@
-"""What TorchTitan refuses, as one line with the table. Imports no torch."""
+"""TorchTitan's refusals as one line with the table. Imports no torch."""
 
 import re
 import traceback

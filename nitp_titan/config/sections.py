@@ -24,7 +24,7 @@ class Float8Config:
 
 @dataclass(kw_only=True, slots=True)
 class MachineConfig:
-    """What a train config is written for. Training does not read it; `scripts/recipe.py check` does."""
+    """The machine of a train config. Training does not read it; `scripts/recipe.py check` does."""
 
     num_ranks: int = 1
     """Ranks (GPUs) in all."""

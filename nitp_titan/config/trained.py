@@ -1,4 +1,4 @@
-"""What a config trains: its model with objective, float8 and overrides, its loss, its validation data."""
+"""A config as it is trained: model with objective, float8 and overrides; loss; validation data."""
 
 import copy
 import dataclasses

@@ -76,7 +76,7 @@ def download_tokenizer(name: str, out: Path) -> dict:
 
 
 def _origin(folder: Path, repo: str) -> dict | None:
-    """What was fetched into the folder before; UserError if that is not this repository."""
+    """Origin of an earlier fetch into the folder, None without one; UserError if it is another repository."""
     if not folder.exists():
         return None
     try:

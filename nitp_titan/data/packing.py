@@ -229,7 +229,7 @@ class StreamedDocuments:
 
 
 class _Pending(NamedTuple):
-    """A document of which some tokens are not yet packed."""
+    """A tokenized document that is only partly packed, with the reader state before it."""
 
     state: dict[str, Any]
     tokens: Tensor

@@ -136,7 +136,7 @@ def open_source(entry: ConfiguredSource) -> Dataset | IterableDataset | TextStre
 
 
 def described(entry: ConfiguredSource, documents: Dataset | IterableDataset | TextStream) -> str:
-    """What is read of a source, in words: files, documents, or bytes where it is streamed."""
+    """The extent of a source in words: files, documents, or bytes where it is streamed."""
     source, counts = entry.source, []
     if source.dataset in LOCAL:
         files = local_files(entry.name, source.dataset)
@@ -150,7 +150,7 @@ def described(entry: ConfiguredSource, documents: Dataset | IterableDataset | Te
 
 
 def left_out(entry: ConfiguredSource) -> str | None:
-    """Of a source's folder or pattern what is there and is not read, in words; None if there is nothing."""
+    """Files in a source's folder or pattern that are not read, in words; None if there are none."""
     source = entry.source
     others = find_files(entry.name, source.dataset).left_out if source.dataset in LOCAL else []
     if not others:
@@ -206,7 +206,7 @@ def tokens_of(document: dict[str, Any], *, entry: ConfiguredSource, tokenizer: "
 
 
 def how_to_make(path: str) -> str:
-    """What to run for a tokenizer or corpus that is missing, or nothing where that is not known."""
+    """The command that makes a missing tokenizer or corpus; empty where it is not known."""
     name = Path(path).name
     if name in TOKENIZERS:
         return f" Run `python scripts/download_assets.py {name}` to fetch it."

@@ -44,7 +44,7 @@ _OTHER_FORMATS = {
 
 
 class TextError(ValueError):
-    """What is wrong with a text file: ``file, line N: what was found``.
+    """A mistake in a text file: ``file, line N: finding``.
 
     Args:
         file: as it was named.
@@ -65,7 +65,7 @@ class TextError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """What a path, a folder or a pattern names: files to read, sorted, and what lies beside them and is not read."""
+    """Files that a path, a folder or a pattern names, sorted, and those beside them that are not read."""
 
     files: list[str]
     left_out: list[str]

@@ -57,7 +57,7 @@ class NITPDecoder:
             self.observer.observe(layer_site(number), h, positions)
 
     def with_target(self, h: Tensor, z_BLD: Tensor | None, positions: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What the last stage returns: hidden states alone, or in training with what their targets are made of."""
+        """Output of the last stage: hidden states alone, or in training with the parts of their targets."""
         training = torch.is_grad_enabled()
         observer = self.observer if self.observer is not None and self.observer.active else None
         target = None if self.nitp is None else self.nitp.target

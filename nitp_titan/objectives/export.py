@@ -1,4 +1,4 @@
-"""What a deployed model leaves behind: the one place where training-only weights leave (App. H)."""
+"""The one place where training-only weights leave a model (App. H)."""
 
 from functools import cache
 from typing import Any

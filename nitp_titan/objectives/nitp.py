@@ -110,7 +110,7 @@ class NITPTerms(MicrobatchTerms):
 
 
 class NITPModule(Module):
-    """What an objective adds to a decoder: projector and target. Dropped at inference (App. H)."""
+    """The objective's part of a decoder: projector and target. Dropped at inference (App. H)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):

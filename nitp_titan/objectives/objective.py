@@ -40,7 +40,7 @@ class Observer(Protocol):
 
 @dataclass
 class Microbatch:
-    """What an objective gets of one micro-batch on this rank."""
+    """Inputs of an objective for one micro-batch on this rank."""
 
     h_BLD: Tensor
     """Hidden states after the final norm, placed as the decoder returns them."""
@@ -49,7 +49,7 @@ class Microbatch:
     """`IGNORE_INDEX` where a position is not trained."""
 
     captured: Sequence[Tensor]
-    """What the module's target made of the captured states; empty without one."""
+    """Output of the module's target for the captured states; empty without one."""
 
     projector: nn.Module
     """Of the objective's module."""

@@ -77,7 +77,7 @@ class NITPConfig:
         self._require("projector_width", self.projector == "none" or round(self.projector_width * dim) >= 1, least)
 
     def note(self, steps: int) -> str | None:
-        """What to know of these settings in a run of so many steps; None for nothing."""
+        """A remark on these settings in a run of so many steps; None without one."""
         if not self.enabled or self.start_step < steps:
             return None
         return f"[nitp] start_step = {self.start_step} of {steps} [training] steps: NITP is measured and never trained."

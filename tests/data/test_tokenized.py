@@ -273,6 +273,18 @@ def test_a_full_disk_while_a_source_is_read_is_no_fault_of_the_source(tmp_path, 
         job.write(0, tokenizer)
 
 
+def test_a_shard_that_is_lost_before_the_end_is_written_again(tmp_path, texts, tokenizer, assets):
+    text, folder = TextSource(dataset_path=_write(tmp_path / "text.jsonl", texts)), tmp_path / "tokens"
+    (folder / "unfinished").mkdir(parents=True)
+    job = open_job(text, str(assets), folder, settings_of(text, str(assets)), 3)
+    for shard in range(3):
+        job.write(shard, tokenizer)
+    (folder / "shard_00002.tokens").unlink()
+    with pytest.raises(UserError, match=r"--out .*tokens: a finished shard is gone; the same command writes it again"):
+        job.finish({})
+    assert (folder / "unfinished").is_dir() and not (folder / "manifest.json").exists()
+
+
 @pytest.fixture(scope="module")
 def corpus(assets, tmp_path_factory):
     """Enough text for some seconds of work."""

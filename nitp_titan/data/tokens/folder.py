@@ -5,7 +5,7 @@
     documents.offsets    where each document begins among the tokens of all shards, and where the last one ends: raw
                          little-endian int64
 
-`tokenization` writes them. To the loader such a folder is an indexed `Dataset` of documents, with two numbers for the
+`writing` writes them. To the loader such a folder is an indexed `Dataset` of documents, with two numbers for the
 text of each, so it is split into parts, shuffled and resumed exactly as the text is.
 """
 
@@ -28,7 +28,7 @@ from nitp_titan.errors import UserError
 from nitp_titan.files import sha256
 
 TOKENS = "tokens"
-"""What ``dataset`` calls such a folder."""
+"""Value of ``dataset`` for such a folder."""
 
 MANIFEST = "manifest.json"
 OFFSETS = "documents.offsets"
@@ -52,7 +52,7 @@ def shard_name(index: int) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one file of tokens holds."""
+    """Facts of one file of tokens."""
 
     part: str
     """Of the source: ``documents 0:10``, or ``files 0:1`` of one that was streamed."""
@@ -64,7 +64,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of tokens holds."""
+    """Facts of a folder of tokens."""
 
     source: dict[str, Any]
     """Settings of the text as ``[dataloader]`` names them; of local files also their bytes and sha256."""

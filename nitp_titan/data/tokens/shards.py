@@ -119,7 +119,7 @@ class TokenJob:
         return ids
 
     def done(self, shard: int) -> Shard | None:
-        """What a shard holds that is finished and whole, else None."""
+        """Facts of a shard that is finished and whole, else None."""
         try:
             found = Shard(**json.loads(self._note(shard).read_text()))
             sizes = [(self.folder / shard_name(shard)).stat().st_size, self._ends(shard).stat().st_size]
@@ -136,13 +136,19 @@ class TokenJob:
         return sizes[0] // OFFSET_BYTES, sizes[1] // self._array().itemsize
 
     def clear(self) -> None:
-        """Remove what a killed worker has begun."""
+        """Remove the drafts of a killed worker."""
         for draft in (self.folder / UNFINISHED).glob("*.tmp"):
             draft.unlink()
 
     def finish(self, settings: dict[str, Any]) -> Manifest:
-        """Join the borders of the documents of all shards, which are `done`, and write the manifest."""
+        """Join the borders of the documents of all shards, which are `done`, and write the manifest.
+
+        Raises:
+            UserError: if the files of a shard are gone.
+        """
         shards = [facts for shard in range(self.num_shards) if (facts := self.done(shard))]
+        if len(shards) < self.num_shards:
+            raise UserError(f"--out {self.folder}: a finished shard is gone; the same command writes it again.")
         draft, digest, before = self.folder / UNFINISHED / OFFSETS, hashlib.sha256(), 0
         with draft.open("wb") as file:
             for shard, facts in enumerate(shards):

@@ -1,7 +1,7 @@
-"""Text to a folder of tokens (`tokenized`), in parallel and resumable.
+"""Text to a folder of tokens (`folder`), in parallel and resumable.
 
 A source is cut into shards of consecutive documents by settings alone: which process wrote a shard shows nowhere. The
-folder ``unfinished`` in that of the tokens holds the settings, which must stay the same, and what is `token_shards`'.
+folder ``unfinished`` in that of the tokens holds the settings, which must stay the same, and the drafts of `shards`.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ _SETTINGS = "settings.json"
 
 
 def settings_of(source: TextSource, tokenizer: str, num_threads: int = 1) -> dict[str, Any]:
-    """Entries of the manifest that say what is tokenized, in files of any number.
+    """Entries of the manifest that identify the text and its tokenizer, in files of any number.
 
     Local files are hashed whole: that takes a small part of the time of tokenizing them, and no edit goes unseen.
     """
