@@ -153,7 +153,7 @@ def test_a_group_run_by_its_tasks_is_the_harness_own_group(quiz, workplace):
         group = own["results"]["quiz"]
         assert_close(found, (group["acc,none"], float(group["acc_stderr,none"])))
         assert [part.size for part in parts[model]] == [13, 5]
-    assert all(difference(*pair).paired for pair in zip(parts["nitp"], parts["ntp"]))
+    assert all(difference(*pair).pairs for pair in zip(parts["nitp"], parts["ntp"]))
 
 
 def test_generated_answers_are_filtered_and_matched(quiz, workplace):
@@ -161,7 +161,7 @@ def test_generated_answers_are_filtered_and_matched(quiz, workplace):
     found = _run(bench, "continue", quiz, workplace / "ntp")["exact_match"]
     assert (found.value, found.size) == (0.5, 4) and found.influence is not None
     other = _run(bench, "continue", quiz, workplace / "nitp")["exact_match"]
-    assert other.value == 0 and difference(other, found).paired
+    assert other.value == 0 and difference(other, found).pairs
 
 
 def test_prompts_that_are_cut_are_said_once(quiz, workplace, capsys):

@@ -154,7 +154,7 @@ def test_nats_of_different_tokens_have_no_difference(without_bos, text, scores):
     assert difference(other["cross_entropy"], scores["cross_entropy"]) is None
     assert difference(other["perplexity"], scores["perplexity"]) is None
     found = difference(other["bits_per_byte"], scores["bits_per_byte"])
-    assert found.paired and found.value == other["bits_per_byte"].value - scores["bits_per_byte"].value
+    assert found.pairs and found.value == other["bits_per_byte"].value - scores["bits_per_byte"].value
 
 
 def test_what_is_left_over_at_the_end_of_a_text_is_measured_too(folder, text):

@@ -11,9 +11,9 @@ import sys
 import pytest
 from overhead import report
 
+from nitp_titan import difference
 from nitp_titan.difference import bootstrap_interval
 from nitp_titan.errors import UserError
-from nitp_titan.report import stats
 
 
 def _variant(matmul, ratio, peak):
@@ -130,7 +130,7 @@ def test_the_rounds_grow_with_the_square_of_the_width():
 
 def test_as_many_rounds_as_it_says_do_show_it(monkeypatch):
     """For a value where the FLOPs are; with a tenth of them the noise hides it still."""
-    monkeypatch.setattr(stats, "_RESAMPLES", 200)
+    monkeypatch.setattr(difference, "_RESAMPLES", 200)
     said = re.search(r"About ([\d,]+) rounds", _measured(_ratios(0.02, 0.05), MTP))
     rounds = int(said[1].replace(",", ""))
     assert 300 < rounds < 3000
