@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import tomli
 import yaml
-from processes import environment, PROJECT
+from processes import environment, free_port, PROJECT
 
 import nitp_titan
 from nitp_titan.config import recipe
@@ -83,7 +83,8 @@ def test_an_installed_copy_trains_in_a_folder_that_has_only_text(installed, asse
     own = f'extends = "{os.path.relpath(installed, tmp_path)}/nitp_titan/recipes/debug/ntp_debug.toml"\n'
     (tmp_path / "mine.toml").write_text(own + "nitp = {weight = 0.5, target_layer = 1}\n")
     flags = ["--train-config", "cpu", "--training.steps", "1", "--checkpoint.no-enable", "--validator.no-enable"]
-    done = _python(installed, tmp_path, "-m", "nitp_titan.train", "--recipe", "mine.toml", *flags)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port())]
+    done = _python(installed, tmp_path, *torchrun, "-m", "nitp_titan.train", "--recipe", "mine.toml", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "outputs").glob("*/mine")
     assert read_records(run / "metrics.jsonl")[-1]["nitp_loss"] > 0
