@@ -1,13 +1,10 @@
 """Try a recipe on a train config at full size: built on the meta device, parallelized on a fake world.
 
 No weights are allocated and nothing is trained, so a model of 45B parameters on 128 ranks takes seconds.
-Every check runs in a process of its own: TorchTitan's meshes are globals.
 """
 
 import dataclasses
 import logging
-import multiprocessing
-import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -15,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.config import CommConfig, TORCH_DTYPE_MAP
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed import utils as dist_utils
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import get_peak_flops
 
@@ -28,7 +22,8 @@ from nitp_titan.config.parallelism import check_parallelism, data_parallel_ranks
 from nitp_titan.config.trained import trained
 from nitp_titan.errors import UserError
 from nitp_titan.machine import cpu
-from nitp_titan.sizing.model_size import count_model, Counts
+from nitp_titan.sizing.fake_world import each_in_a_process, fake_world, meta_model, parallelize_options
+from nitp_titan.sizing.model_size import Counts
 from nitp_titan.training.trainer import load_config
 
 # Share of a GPU's peak FLOPs that the expected cost assumes.
@@ -56,17 +51,10 @@ def check(pairs: Iterable[tuple[Path, Path]]) -> Iterator[dict[str, Any]]:
     Raises:
         RuntimeError: in a process that has a process group, which the fake world of a check would inherit.
     """
-    if dist.is_initialized():
-        raise RuntimeError("meta_check.check needs a process without a torch.distributed process group.")
-    jobs = [[Check(*pair, rank) for rank in _first_ranks(*pair)] for pair in pairs]
-    cpu.install()
-    # What a run would warn of is no news here.
-    logger.setLevel(logging.ERROR)
-    # Forked after the imports, which take longer than a check.
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        results = pool.imap(_run, [job for stages in jobs for job in stages], chunksize=1)
-        for stages in jobs:
-            yield _merged([next(results) for _ in stages])
+    by_pair = [[Check(*pair, rank) for rank in _first_ranks(*pair)] for pair in pairs]
+    results = each_in_a_process(_run, [job for stages in by_pair for job in stages])
+    for stages in by_pair:
+        yield _merged([next(results) for _ in stages])
 
 
 def _first_ranks(recipe_path: Path, train_config: Path) -> list[int]:
@@ -143,8 +131,7 @@ def counts_of(recipe_path: Path, train_config: Path) -> Counts:
     cpu.install()
     logger.setLevel(logging.ERROR)
     config = load_config(recipe_path, train_config)
-    with torch.device("meta"):
-        return count_model(_spec(config).model.build(), config.training.seq_len)
+    return meta_model(_spec(config), config.training.seq_len)[1]
 
 
 def device_hours(counts: Counts, tokens: int, device: str) -> float | None:
@@ -167,24 +154,11 @@ def _check_memory(config, states: int) -> None:
 
 def _build(config, rank: int) -> tuple[Counts, list[torch.nn.Module]]:
     """Counts of the whole model, and the parts of it that one rank of the fake world holds."""
-    os.environ.update(NGPU=str(config.machine.num_ranks), RANK=str(rank), LOCAL_RANK="0")
-    dist_utils.init_distributed(CommConfig(mode="fake_backend"))
-    parallel_dims = ParallelDims.from_config(config.parallelism, config.machine.num_ranks)
-    parallel_dims.build_mesh()
-    dist_utils.set_spmd_backend(config.parallelism.spmd_backend)
+    parallel_dims = fake_world(config, config.machine.num_ranks, rank)
     spec = _spec(config)
     spec.model.update_from_config(config=config)
-    with torch.device("meta"):
-        model = spec.model.build()
-    counts = count_model(model, config.training.seq_len)
-    options = {
-        "parallel_dims": parallel_dims,
-        "training": config.training,
-        "parallelism": config.parallelism,
-        "compile_config": config.compile,
-        "ac_config": config.activation_checkpoint,
-        "dump_folder": config.dump_folder,
-    }
+    model, counts = meta_model(spec, config.training.seq_len)
+    options = parallelize_options(config, parallel_dims)
     if not parallel_dims.pp_enabled:
         return counts, [spec.parallelize_fn(model, **options)]
     _, parts, _, _ = spec.pipelining_fn(

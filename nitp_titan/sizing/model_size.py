@@ -57,6 +57,23 @@ def count_model(model: Decoder, seq_len: int) -> Counts:
     )
 
 
+def paper_flops(model: Decoder.Config) -> tuple[int, int]:
+    """FLOPs per token of the backbone and of NITP by the paper's formulas, whatever the model really has.
+
+    Backbone: L (18 d^2 + 18 k d d_e) + 6 V d, with k experts per token, the shared one included, of width d_e; k d_e is
+    the width of a dense model's feed-forward. The last layer stands for all. NITP: 72 d^2 + 18 d.
+
+    Source: App. G.
+    """
+    last, dim = model.layers[-1], model.dim
+    if last.moe is None:
+        width = last.feed_forward.w1.out_features
+    else:
+        width = (last.moe.router.top_k + 1) * last.moe.routed_experts.inner_experts.hidden_dim
+    backbone = len(model.layers) * (18 * dim**2 + 18 * dim * width) + 6 * model.vocab_size * dim
+    return backbone, 72 * dim**2 + 18 * dim
+
+
 def _attention_flops(attention, seq_len: int) -> int:
     if attention is None:
         return 0

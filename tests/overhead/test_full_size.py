@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from overhead import counted
-from overhead.full_size import Case, count_all, paper_formula
+from overhead.full_size import Case, count_all
 from processes import warm_python
 from torchtitan.models.common import RMSNorm
 
 from nitp_titan.config import recipe
 from nitp_titan.sizing import kernels
+from nitp_titan.sizing.model_size import paper_flops
 from nitp_titan.training.trainer import load_config
 
 # The paper's Table 4.
@@ -120,14 +121,14 @@ def test_overhead_of_every_model_is_that_of_the_paper_within_a_tenth_of_a_point(
 
     path, machine = recipe.find(counted.MODELS[name], "recipes"), recipe.find("h100x8", "train_configs")
     counts = meta_check.counts_of(path, machine)
-    backbone, added = paper_formula(load_config(path, machine).model_spec.model)
+    backbone, added = paper_flops(load_config(path, machine).model_spec.model)
     assert abs(counts.nitp_overhead - added / backbone) < FLOPS_BAR
 
 
 def test_the_formula_gives_the_papers_own_numbers():
     """App. G for the 9B MoE model: 1.18e8 over 5.06e9, 2.3%."""
     path = recipe.find("moe/nitp_9b_a1b", "recipes")
-    backbone, added = paper_formula(load_config(path, recipe.find("h100x8", "train_configs")).model_spec.model)
+    backbone, added = paper_flops(load_config(path, recipe.find("h100x8", "train_configs")).model_spec.model)
     assert (round(backbone / 1e9, 2), round(added / 1e8, 2)) == (5.06, 1.18)
 
 
