@@ -30,8 +30,8 @@ class PackedDataLoader(BaseDataLoader):
         """TorchTitan's validator sets it; there is no end either way."""
 
         documents: str = "packed"
-        """Lengths: ``packed`` up to 40, ``whole`` sequences, ``single`` tokens, single tokens in every ``odd`` sample
-        or in the ``first half`` of each; ``odd ignored``: packed, and odd samples have no label."""
+        """Lengths: ``packed`` up to 40, ``single`` tokens, single tokens in the ``first half`` of each sample;
+        ``unlike``: even samples are one document, odd ones of single tokens, and from the fifth on without a label."""
 
     def __init__(self, config, *, dp_world_size, dp_rank, seq_len, local_batch_size, **kwargs):
         self.config, self.ranks, self.rank = config, dp_world_size, dp_rank
@@ -43,15 +43,15 @@ class PackedDataLoader(BaseDataLoader):
         tokens = (torch.rand(self.seq_len + 1, generator=generator) ** 4 * self.config.vocab_size).long()
         labels = tokens[1:].clone()
         labels[torch.rand(self.seq_len, generator=generator) < 0.1] = IGNORE
-        if self.config.documents == "odd ignored" and index % 2:
+        if self.config.documents == "unlike" and index % 2 and index >= 4:
             labels[:] = IGNORE
         return tokens[:-1], self.positions(index, generator), labels
 
     def positions(self, index: int, generator: torch.Generator) -> torch.Tensor:
         kind, length = self.config.documents, self.seq_len
-        if kind == "whole":
+        if kind == "unlike" and index % 2 == 0:
             return torch.arange(length)
-        if kind == "single" or (kind == "odd" and index % 2):
+        if kind == "single" or (kind == "unlike" and index < 4):
             return torch.zeros(length, dtype=torch.int64)
         positions: list[int] = [0] * (length // 2) if kind == "first half" else []
         while len(positions) < length:

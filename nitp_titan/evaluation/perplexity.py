@@ -84,8 +84,8 @@ def _source(text: Path, field: str) -> TextDataLoader.Config:
     return TextDataLoader.Config(**source, infinite=False)
 
 
-class _Documents(TextTokenizer):
-    """The training tokenizer, which notes what it has encoded: predicted tokens and their bytes by document."""
+class RecordingTokenizer(TextTokenizer):
+    """The training tokenizer, which records of each document: its predicted tokens and their bytes."""
 
     def __init__(self, folder: str):
         super().__init__(tokenizer_path=folder)
@@ -150,7 +150,7 @@ def measure(text: Path, field: str, seq_len: int, loaded: LoadedModel) -> dict[s
     return {"cross_entropy": entropy, "perplexity": entropy.exp(), "bits_per_byte": bits_per_byte}
 
 
-def _tokenizer(source: str) -> _Documents:
+def _tokenizer(source: str) -> RecordingTokenizer:
     folder = source
     if not Path(source).is_dir():
         from huggingface_hub import snapshot_download
@@ -158,11 +158,11 @@ def _tokenizer(source: str) -> _Documents:
         patterns = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"]
         folder = snapshot_download(source, allow_patterns=patterns, token=hub_token())
     try:
-        # For its checks: what the other encodes, counts.
+        # For its checks; the other one records.
         load_tokenizer(folder)
     except UnfitTokenizer as error:
         raise UserError(f"{source}{error}") from None
-    return _Documents(folder)
+    return RecordingTokenizer(folder)
 
 
 def _nats(model, inputs: dict[str, Tensor], labels_BL: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def _model(folder):
 DOORS = {
     "training": lambda folder: CachedTokenizer.Config().build(tokenizer_path=str(folder)),
     "tokenizing": lambda folder: tokenizer_of_tokens(str(folder)),
-    "evaluation": lambda folder: perplexity._Documents(str(folder)),
+    "evaluation": lambda folder: perplexity.RecordingTokenizer(str(folder)),
     "export": lambda folder: TextTokenizer(tokenizer_path=str(folder)),
 }
 

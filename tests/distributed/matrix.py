@@ -22,6 +22,7 @@ FAMILIES = [model for model in MODELS if model not in ("dense", "tied", "moe")]
 # Weight 20 makes NITP's gradient the larger part; a wrong one could not hide.
 _NITP = {"weight": 20.0, "target_layer": 2}
 _GEOMETRY = {"enable": True, "interval": 1, "num_pairs": 64}
+_TYPECHECKED = {"debug": {"spmd_typechecking": True}}
 _TRAINING = {"steps": 2, "global_batch_size": 4, "local_batch_size": 4, "seq_len": 256}
 DEGREES = {
     "tp": "tensor_parallel_degree",
@@ -51,8 +52,8 @@ class Layout:
     reference: str
     """Layout on one rank with the same results; its own name if it is one."""
 
-    technique: str
-    """Row of the README's table; empty for a reference."""
+    entries: dict[str, str]
+    """Rows of the README's table and the label in each; empty for a reference."""
 
     gradient: float
     """Relative tolerance of the float64 gradient norms."""
@@ -62,9 +63,6 @@ class Layout:
 
     control: str | None
     """What the worker breaks on purpose, see `layouts.py`."""
-
-    label: str
-    """Entry in the row."""
 
     @property
     def model(self) -> str:
@@ -85,10 +83,16 @@ def _add(
     loss: float = 1e-5,
     control: str | None = None,
     label: str | None = None,
+    also: dict[str, str] | None = None,
     num_chunks: int | None = None,
     **settings,
 ) -> None:
-    """Register a layout: sections of a config, or degrees by the short names of `DEGREES`."""
+    """Register a layout: sections of a config, or degrees by the short names of `DEGREES`.
+
+    Args:
+        label: entry in the row of the technique; by default what the name says.
+        also: other rows that it holds for, and its entries there.
+    """
     model, _, what = name.partition("/")
     parallelism = {DEGREES[key]: settings.pop(key) for key in list(settings) if key in DEGREES}
     nitp = {**_NITP, **settings.pop("nitp", {})}
@@ -107,11 +111,10 @@ def _add(
         ranks=ranks,
         sections=sections,
         reference=f"{model}/{reference}",
-        technique=technique,
+        entries={technique: label or what, **(also or {})} if technique else {},
         gradient=gradient,
         loss=loss,
         control=control,
-        label=label or what,
     )
 
 
@@ -140,14 +143,14 @@ def _parallelisms() -> None:
     _add("dense/FSDP 2, accumulation", 2, "gradient accumulation", label="FSDP 2", batch=1)
     _add("dense/PP 2, accumulation", 2, "gradient accumulation", label="PP 2", batch=2, pp=2)
     _add("dense/DDP 2", 2, "data parallel", batch=2, replicate=2, shard=1)
-    _add("dense/FSDP 2", 2, "data parallel", batch=2)
+    _add("dense/FSDP 2", 2, "data parallel", also={"SPMD typechecking": "FSDP 2"}, batch=2, **_TYPECHECKED)
     _add("dense/HSDP 2 x 2", 4, "data parallel", batch=1, replicate=2, shard=2)
     _add("tied/FSDP 2", 2, "data parallel", label="FSDP 2 with tied embeddings", batch=2)
-    _add("dense/TP 2", 2, "tensor parallel", tp=2)
+    _add("dense/TP 2", 2, "tensor parallel", also={"SPMD typechecking": "TP 2"}, tp=2, **_TYPECHECKED)
     _add("dense/TP 2 without sequence parallel", 2, "tensor parallel", tp=2, sequence_parallel=False)
     _add("dense/FSDP 2 x TP 2", 4, "tensor parallel", batch=2, tp=2)
     _add("tied/FSDP 2 x TP 2", 4, "tensor parallel", label="FSDP 2 x TP 2 with tied embeddings", batch=2, tp=2)
-    _add("dense/CP 2 head-tail", 2, "context parallel", cp=2)
+    _add("dense/CP 2 head-tail", 2, "context parallel", also={"SPMD typechecking": "CP 2"}, cp=2, **_TYPECHECKED)
     _add("dense/CP 2 without balancer", 2, "context parallel", cp=2, balancer=None)
     _add("dense/FSDP 2 x CP 2", 4, "context parallel", batch=2, cp=2)
     _add("dense/CP 2 x TP 2", 4, "context parallel", cp=2, tp=2)
@@ -175,13 +178,15 @@ def _parallelisms() -> None:
 
     _one("moe/one, NTP alone", nitp={"weight": 0.0})
     _add("moe/accumulation", 1, "gradient accumulation", label="1 rank", batch=1)
-    _add("moe/FSDP 2", 2, "data parallel", batch=2)
+    _add("moe/FSDP 2", 2, "data parallel", also={"SPMD typechecking": "FSDP 2"}, batch=2, **_TYPECHECKED)
     _add("moe/TP 2", 2, "tensor parallel", tp=2)
+    _add("moe/typechecked TP 2", 2, "SPMD typechecking", label="TP 2", tp=2, **_TYPECHECKED)
     _add("moe/CP 2 head-tail", 2, "context parallel", cp=2)
+    _add("moe/typechecked CP 2", 2, "SPMD typechecking", label="CP 2", cp=2, **_TYPECHECKED)
     _add("moe/PP 2 1F1B", 2, "pipeline parallel", pp=2)
     _add("moe/PP 2 ZBVZeroBubble", 2, "pipeline parallel", pp=2, schedule="ZBVZeroBubble")
     _add("moe/PP 2 x EP 2", 4, "pipeline parallel", batch=2, pp=2, ep=2)
-    _add("moe/EP 2", 2, "expert parallel", batch=2, ep=2)
+    _add("moe/EP 2", 2, "expert parallel", also={"SPMD typechecking": "EP 2"}, batch=2, ep=2, **_TYPECHECKED)
     _add(
         "moe/EP 2, NTP alone",
         2,
@@ -242,24 +247,19 @@ def _variants() -> None:
 def _techniques() -> None:
     alone = {"FSDP 2": {"batch": 2}, "TP 2": {"tp": 2}, "CP 2": {"cp": 2}}
     for model in ("dense", "moe"):
-        _add(f"{model}/full AC", 2, "activation checkpointing", batch=2, activation_checkpoint=FullAC.Config())
-        _add(
-            f"{model}/selective AC", 2, "activation checkpointing", batch=2, activation_checkpoint=SelectiveAC.Config()
-        )
-        for chunks in (1, 8):
+        for what, policy, chunks in (("full AC", FullAC, 1), ("selective AC", SelectiveAC, 8)):
             _add(
-                f"{model}/{chunks} chunks",
+                f"{model}/{what}, chunks: {chunks}",
                 2,
-                "chunks of the loss",
-                label=str(chunks),
+                "activation checkpointing",
+                label=what,
+                also={"chunks of the loss": str(chunks)},
                 batch=2,
                 num_chunks=chunks,
+                activation_checkpoint=policy.Config(),
             )
         for name, degrees in alone.items():
             _add(f"{model}/full_dtensor, {name}", 2, "full_dtensor", label=name, backend="full_dtensor", **degrees)
-            typechecking = {"spmd_typechecking": True}
-            _add(f"{model}/typechecked {name}", 2, "SPMD typechecking", label=name, debug=typechecking, **degrees)
-    _add("moe/typechecked EP 2", 2, "SPMD typechecking", label="EP 2", batch=2, ep=2, debug={"spmd_typechecking": True})
     _add(
         "dense/full_dtensor, PP 2 x FSDP 2",
         4,
@@ -336,24 +336,33 @@ def _families() -> None:
 
 def _documents() -> None:
     cp = {"CP 2 without balancer": {"cp": 2, "balancer": None}, "CP 2 head-tail": {"cp": 2}}
-    for kind, technique in (
-        ("whole", "documents as long as the sequence"),
-        ("single", "documents of one token"),
-        ("odd", "no valid position in every second sequence"),
-        ("first half", "no valid position in half of each sequence"),
-        ("odd ignored", "no label in every second sequence"),
+    whole = "documents as long as the sequence"
+    # On two data-parallel ranks the second has no valid position in the first step and no label in the next.
+    odd = "no valid position in every second sequence", "no label in every second sequence"
+    for kind, technique, others in (
+        ("unlike", whole, odd),
+        ("single", "documents of one token", ()),
+        ("first half", "no valid position in half of each sequence", ()),
     ):
         layouts = {"dense/FSDP 2": {"batch": 2}} | {f"dense/{name}": degrees for name, degrees in cp.items()}
-        if kind in ("whole", "single"):
-            layouts |= {"dense/TP 2": {"tp": 2}, "dense/PP 2": {"pp": 2}}
-        if kind in ("single", "odd"):
-            layouts["moe/EP 2"] = {"batch": 2, "ep": 2}
+        if kind != "first half":
+            layouts |= {"dense/TP 2": {"tp": 2}, "dense/PP 2": {"pp": 2}, "moe/EP 2": {"batch": 2, "ep": 2}}
         for model in {name.partition("/")[0] for name in layouts}:
             _one(f"{model}/one, {kind}", documents=kind)
         for name, degrees in layouts.items():
             label = name.partition("/")[2]
             reference = f"one, {kind}"
-            _add(f"{name}, {kind}", 2, technique, label=label, reference=reference, documents=kind, **degrees)
+            also = dict.fromkeys(others, label)
+            _add(
+                f"{name}, {kind}",
+                2,
+                technique,
+                label=label,
+                also=also,
+                reference=reference,
+                documents=kind,
+                **degrees,
+            )
 
 
 def _controls() -> None:

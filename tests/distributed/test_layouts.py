@@ -4,15 +4,15 @@ import pytest
 from matrix import FAMILIES, Layout, LAYOUTS
 
 COLUMNS = {"dense": "dense", "tied": "dense", "moe": "MoE"}
-COMPARED = [layout for layout in LAYOUTS.values() if layout.technique]
+COMPARED = [layout for layout in LAYOUTS.values() if layout.entries]
 
 
 def _in_table(layout: Layout):
-    """The layout as a test parameter that knows its place in the README's table."""
+    """The layout as a test parameter that knows its places in the README's table."""
     rounded = f" (within {layout.gradient:g})" if layout.gradient > 1e-6 else ""
     column = COLUMNS.get(layout.model, layout.model)
-    mark = pytest.mark.technique(layout.technique, column, layout.label + rounded)
-    return pytest.param(layout.name, marks=mark)
+    marks = [pytest.mark.technique(row, column, label + rounded) for row, label in layout.entries.items()]
+    return pytest.param(layout.name, marks=marks)
 
 
 @pytest.mark.parametrize("layout", [_in_table(layout) for layout in COMPARED if layout.model in COLUMNS])

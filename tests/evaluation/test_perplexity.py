@@ -142,7 +142,7 @@ def test_without_bos_the_first_token_is_not_paid_for(without_bos, text):
 
 
 def test_a_first_token_can_be_a_part_of_a_character(without_bos):
-    documents = perplexity._Documents(str(without_bos))
+    documents = perplexity.RecordingTokenizer(str(without_bos))
     tokens = documents.encode("🙂 x", add_bos=True, add_eos=True)
     (first,) = [len(documents.id_to_token(token)) for token in tokens[:1]]
     assert first < len("🙂".encode())
@@ -158,7 +158,7 @@ def test_nats_of_different_tokens_have_no_difference(without_bos, text, scores):
 
 
 def test_what_is_left_over_at_the_end_of_a_text_is_measured_too(folder, text):
-    tokenizer = perplexity._Documents(str(folder))
+    tokenizer = perplexity.RecordingTokenizer(str(folder))
     loader = perplexity.TextDataLoader(
         perplexity._source(text, "text"),
         dp_world_size=1,

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from processes import free_port, PROJECT
+from processes import free_port, PROJECT, warm_ranks
 
 from nitp_titan.checkpoint.stored import Checkpoint
 from nitp_titan.step_files import read_records
@@ -97,8 +97,8 @@ def test_a_document_that_only_rank_1_cannot_read_ends_training_with_its_line_alo
     assert done.stderr.count("Traceback") == 1 and "Connection closed" not in done.stderr
 
 
-def test_ranks_that_reach_the_end_wait_for_each_other(torchrun):
-    done = torchrun(2, "tests/runs/one_rank_fails.py", "nothing")
+def test_ranks_that_reach_the_end_wait_for_each_other():
+    done = warm_ranks(2, "tests/runs/one_rank_fails.py", "nothing")
     assert done.returncode == 0 and sorted(done.stdout.splitlines()) == ["rank 0 is done", "rank 1 is done"]
 
 
