@@ -39,6 +39,27 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def replace_durably(draft: Path, path: Path) -> None:
+    """Give a file its name once all of it is on the disk."""
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    # Not every file system flushes folders.
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """As `write_atomically`, and on the disk afterwards; for a file that one process writes."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    replace_durably(draft, path)
+
+
 @contextmanager
 def draft_of(folder: Path) -> Iterator[Path]:
     """An empty draft of a folder, beside it: to fill and to rename to it. What is left of it at the end is removed."""

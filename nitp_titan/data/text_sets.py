@@ -20,7 +20,7 @@ from datasets.table import MemoryMappedTable
 
 from nitp_titan.data.text_files import is_plain, read_file, TextError
 from nitp_titan.errors import UserError
-from nitp_titan.files import fingerprint, WHOLE_BYTES, write_atomically
+from nitp_titan.files import fingerprint, replace_durably, WHOLE_BYTES, write_atomically
 from nitp_titan.machine.failures import surroundings
 
 # Raised when the same files would give other texts or another verdict.
@@ -150,13 +150,10 @@ def _locked(path: Path) -> Iterator[None]:
 def _write(index: Path, verdict: Path, files: Sequence[str], fields: Sequence[str], kind: str) -> None:
     draft = index.with_name(f"{index.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
-        with draft.open("wb") as file:
-            with pyarrow.ipc.new_stream(file, _SCHEMA) as writer:
-                for texts in _batches(files, fields, kind):
-                    writer.write_batch(pyarrow.record_batch([pyarrow.array(texts, pyarrow.string())], _SCHEMA))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, index)
+        with draft.open("wb") as file, pyarrow.ipc.new_stream(file, _SCHEMA) as writer:
+            for texts in _batches(files, fields, kind):
+                writer.write_batch(pyarrow.record_batch([pyarrow.array(texts, pyarrow.string())], _SCHEMA))
+        replace_durably(draft, index)
     except TextError as error:
         bad_file, where, *found = error.parts
         if where is not None:

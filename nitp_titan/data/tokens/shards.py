@@ -7,7 +7,6 @@ The manifest comes last, and ``unfinished`` goes.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator
@@ -34,6 +33,7 @@ from nitp_titan.data.tokens.folder import (
     UNFINISHED,
 )
 from nitp_titan.errors import first_line, UserError
+from nitp_titan.files import replace_durably, write_durably
 from nitp_titan.machine.failures import away, surroundings
 
 _TYPECODES = {"uint16": "H", "uint32": "I"}
@@ -83,8 +83,8 @@ class TokenJob:
                 tokens.write(data)
                 offsets.write(num_tokens.to_bytes(OFFSET_BYTES, "little"))
                 digest.update(data)
-        _put(drafts[0], self.folder / shard_name(shard))
-        _put(drafts[1], self._ends(shard))
+        replace_durably(drafts[0], self.folder / shard_name(shard))
+        replace_durably(drafts[1], self._ends(shard))
         facts = dataclasses.asdict(Shard(part, num_documents, num_tokens, digest.hexdigest()))
         write_durably(self._note(shard), json.dumps(facts))
 
@@ -159,7 +159,7 @@ class TokenJob:
                 file.write(data := borders.tobytes())
                 digest.update(data)
                 before += facts.tokens
-        _put(draft, self.folder / OFFSETS)
+        replace_durably(draft, self.folder / OFFSETS)
         manifest = Manifest(
             **settings,
             tokenizer=self.tokenizer,
@@ -186,24 +186,3 @@ class TokenJob:
 
     def _note(self, shard: int) -> Path:
         return self.folder / UNFINISHED / f"shard_{shard:05}.json"
-
-
-def _put(draft: Path, path: Path) -> None:
-    """Give a file its name once all of it is on the disk."""
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    # Not every file system flushes folders.
-    with suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """As `files.write_atomically`, and on the disk afterwards."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    _put(draft, path)

@@ -38,11 +38,10 @@ from nitp_titan.data.tokens.shards import (
     FlagSource,
     load_tokenizer,
     TokenJob,
-    write_durably,
 )
 from nitp_titan.data.tokens.workers import write_shards
 from nitp_titan.errors import changed_values, changes_text, UserError
-from nitp_titan.files import lock, sha256
+from nitp_titan.files import lock, sha256, write_durably
 
 MIN_SHARDS = 64
 MAX_SHARD_BYTES = 2**28
