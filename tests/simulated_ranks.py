@@ -1,4 +1,4 @@
-"""Ranks as threads of one process, for what needs no process group but an ranks."""
+"""Ranks as threads of one process, for tests of several ranks without a process group."""
 
 import threading
 from collections.abc import Callable

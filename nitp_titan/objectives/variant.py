@@ -91,7 +91,7 @@ def nitp_model_class(base: type[Decoder], decoder: type[NITPDecoder] = NITPDecod
 
     class NITPModel(decoder, base):  # type: ignore[valid-type, misc]  # of any family
         @dataclass(kw_only=True, slots=True)
-        class Config(base.Config):  # type: ignore[name-defined]
+        class Config(base.Config):  # type: ignore[name-defined]  # as above
             nitp: NITPModule.Config | None = None
 
             def update_from_config(self, *, config, **kwargs) -> None:

@@ -299,7 +299,7 @@ def _by_layer(variants: Sequence[Variant], stat: str, label: str, step: int) -> 
                 axes.fill_between(numbers, low, high, color=color(variants, variant), alpha=0.2, linewidth=0)
                 axes.plot(numbers, line, color=color(variants, variant), marker="o", markersize=3.5, label=variant.name)
         axes.set(xlabel="layer (0 is the embedding)", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # stub of the base class
 
     return draw
 

@@ -107,7 +107,7 @@ def _by_layer(models: Sequence[dict[str, Any]], stat: str, label: str) -> Callab
                 }
                 axes.plot(*last, color=color, label=label_of_last, **style)
         axes.set(xlabel="layer (0: embedding; open: final norm)", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # stub of the base class
 
     return draw
 
