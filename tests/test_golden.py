@@ -39,7 +39,7 @@ def test_losses_are_those_that_are_kept(measured, name):
     """After a change that is meant to change them: python tests/golden/write.py"""
     golden = read(name)
     assert len(golden) == STEPS and len(golden[1]) == (2 if name.startswith("ntp") else 3)
-    # A rounding of step 2 that another router's choice amplifies has been seen beyond the tolerance in the MoE's last steps.
+    # The MoE's router amplifies rounding, in the last steps beyond the tolerance.
     steps = list(golden)[:5] if "moe" in name else list(golden)
     assert _worst(*({step: rows[step] for step in steps} for rows in (measured[name], golden))) < 1
 
