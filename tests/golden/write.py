@@ -70,8 +70,9 @@ def main() -> None:
     os.chdir(PROJECT)
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     os.environ |= {**one_rank, "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
-    # The same instructions on every CPU: a last bit moves a token to another expert, and steps later the losses.
-    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+    # The same instructions on every CPU, and sums in one order: two threads differ from run to run by a last bit, which
+    # moves a token to another expert, and steps later the losses.
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
     names = [argument for argument in sys.argv[1:] if argument != "--json"] or [*CASES]
     with tempfile.TemporaryDirectory() as folder:
         measured = {name: measure(name, Path(folder) / name) for name in names}
