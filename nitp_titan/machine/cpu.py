@@ -170,7 +170,7 @@ class DenseFlexAttention(FlexAttention):
     ) -> torch.Tensor:
         """Same shapes as `FlexAttention.forward`; raises NotImplementedError for score_mod."""
         if score_mod is not None:
-            raise NotImplementedError("DenseFlexAttention has no score_mod.")
+            raise NotImplementedError("DenseFlexAttention has no score_mod: on a CPU SDPA takes a mask only.")
         with spmd.no_typecheck():
             # Under context parallelism there are more keys than queries.
             mask = _dense_mask(attention_masks, q_BLNH.shape[0], q_BLNH.shape[1], k_BLNH.shape[1], q_BLNH.device)
