@@ -194,8 +194,7 @@ def test_a_mistake_on_the_command_line_is_said_without_a_traceback(tmp_path, arg
 
 def test_a_mistake_met_while_building_is_said_by_the_stock_entry_point_without_a_traceback(assets, tmp_path):
     arguments = ["--module", "nitp_titan", "--config", "debug/nitp_debug@cpu", "--dump_folder", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "torchtitan.train", *arguments, "--resume", "--overwrite"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm_python("-m", "torchtitan.train", *arguments, "--resume", "--overwrite")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.endswith("\nerror: --resume resumes a run and --overwrite starts it anew; give one of them.\n")
 

@@ -133,8 +133,7 @@ def test_the_quickstart_writes_both_runs_and_the_report_and_a_second_time_is_fas
     # A newcomer is outside of the environment, which every other command needs.
     after = said[said.index("\nnext ") :].split("\n")
     assert "source .venv/bin/activate" in after[1] and "--checkpoint outputs/quickstart/nitp --out" in after[4]
-    command = [sys.executable, *made_small(["scripts/quickstart.py"])]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=project)
+    second = warm_python(*made_small(["scripts/quickstart.py"]), cwd=project)
     assert second.returncode == 0
     assert "ntp: already trained" in second.stdout and "nitp: already trained" in second.stdout
     assert "| nitp | " in second.stdout

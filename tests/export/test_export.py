@@ -105,19 +105,19 @@ def test_the_snippet_of_the_card_runs_in_the_folder_of_the_model(runs, tmp_path,
 
 def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path):
     folder, _ = runs("llama3/debug")
-    command = [sys.executable, "scripts/export_hf.py", "--checkpoint", str(folder), "--out", str(tmp_path / "hf")]
+    command = ["scripts/export_hf.py", "--checkpoint", str(folder), "--out", str(tmp_path / "hf")]
     # An empty folder is no other model.
     (tmp_path / "hf").mkdir()
     # What an export that was killed left behind.
     (tmp_path / ".hf.incomplete").mkdir()
     (tmp_path / ".hf.incomplete/model.safetensors").write_text("half")
-    done = subprocess.run([*command, "--max-shard-size", "1MB"], capture_output=True, text=True)
+    done = warm_python(*command, "--max-shard-size", "1MB")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "LlamaForCausalLM, float32" in done.stdout and "without 3 tensors of the projector" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()}
-    again = warm_python(*command[1:], "--max-shard-size", "1MB")
+    again = warm_python(*command, "--max-shard-size", "1MB")
     assert again.returncode == 0 and "this export is there already" in again.stdout, again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir()} == written
     for option, message in {
@@ -126,7 +126,7 @@ def test_the_script_writes_all_or_nothing_and_ends_with_one_line(runs, tmp_path)
         f"--out={tmp_path}/new --max-shard-size=1e400GB": "--max-shard-size = '1e400GB'",
         f"--out={tmp_path}/new --checkpoint={tmp_path}/hf": "last_save_in_hf",
     }.items():
-        refused = warm_python(*command[1:], *option.split())
+        refused = warm_python(*command, *option.split())
         assert refused.returncode != 0
         assert message in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

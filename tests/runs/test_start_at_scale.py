@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 from helpers import saved_run
+from processes import warm_ranks
 
 
 @pytest.fixture(scope="module")
-def counts(torchrun, assets, tmp_path_factory):
+def counts(assets, tmp_path_factory):
     """File accesses of each of two ranks of a node that resume a run: until they agree, and until it is loaded."""
     folder = tmp_path_factory.mktemp("counted")
     saved_run(folder / "here", generated_data=False, validator={"enable": False})
@@ -16,7 +17,7 @@ def counts(torchrun, assets, tmp_path_factory):
     shutil.copytree(folder / "here", folder / "run", ignore=shutil.ignore_patterns("run.lock"))
     flags = ["--recipe", "debug/nitp_debug", "--train-config", "cpu", "--dump_folder", str(folder / "run"), "--resume"]
     flags += ["--training.local_batch_size", "8", "--training.steps", "9"]
-    done = torchrun(2, "tests/runs/counted_start.py", str(folder), *flags)
+    done = warm_ranks(2, "tests/runs/counted_start.py", str(folder), *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
