@@ -1,7 +1,7 @@
 """Train a recipe: the command line, on top of TorchTitan's own.
 
 The same command resumes a run that was stopped. Exit status 75: the run was told to stop (SIGTERM, Ctrl-C), has
-saved, and can go on. Imports nothing heavy before the arguments are right.
+saved, and the same command resumes it. Imports nothing heavy before the arguments are right.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _COMMON = [
     ("--dump_folder", "DIR", "run folder (default: the train config's, outputs/{recipe})"),
     ("--checkpoint.interval", "N", "steps between checkpoints (default: the train config's)"),
     ("--metrics.log_freq", "N", "steps between lines of the log (default: the train config's)"),
-    ("--resume", "", "go on although recipe or data have changed since (default: refused)"),
+    ("--resume", "", "resume although recipe or data have changed since (default: refused)"),
     ("--overwrite", "", "set the run that is in the folder aside and start anew (default: resume it)"),
 ]
 

@@ -12,7 +12,7 @@ from nitp_titan.data.loader import TextDataLoader
 from nitp_titan.errors import UserError
 
 
-def has_ended(config, tensors: dict[str, Tensor], step: int | None) -> bool:
+def check_resume(config, tensors: dict[str, Tensor], step: int | None) -> bool:
     """Check the checkpoint that a ``Trainer.Config`` resumes from; nothing is checked where there is none.
 
     Args:

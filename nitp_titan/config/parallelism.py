@@ -76,7 +76,7 @@ def _check_sequence(config) -> None:
     parallelism, seq_len = config.parallelism, config.training.seq_len
     cp = parallelism.context_parallel_degree
     tp = parallelism.tensor_parallel_degree if parallelism.enable_sequence_parallel else 1
-    # Head-tail balancing cuts the sequence into two runs per context-parallel rank.
+    # Head-tail balancing cuts the sequence into two chunks per context-parallel rank.
     pieces = tp * (2 * cp if cp > 1 else 1)
     if seq_len % pieces:
         _refuse("training", "seq_len", f"{seq_len} cannot be cut into {pieces} equal pieces (TP {tp}, CP {cp}).")

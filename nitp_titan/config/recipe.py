@@ -1,7 +1,7 @@
-"""Recipes and train configs: TOML to a trainer config. The only reader of TOML.
+"""Recipes and train configs: TOML to tables, each key with the file that sets it.
 
-A recipe says what is trained, a train config where and how it runs; every key belongs
-to exactly one of the two. Imports torch only when a config is built.
+A recipe says what is trained, a train config where and how it runs; every key belongs to exactly one of the two.
+Imports torch only to choose between the train configs `gpu` and `cpu`.
 """
 
 import dataclasses

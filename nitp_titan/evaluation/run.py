@@ -21,7 +21,7 @@ class EvaluationSettings:
 
     Args:
         out: folder of the results.
-        dtype: the weights' type, a key of `pretrained.DTYPES`.
+        dtype: the weights' type, a key of `export.dtypes.DTYPES`.
         device: as torch names it.
         batch_size: sequences at a time.
     """

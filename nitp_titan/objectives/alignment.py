@@ -61,9 +61,7 @@ def valid_positions(positions_BL: Tensor, labels_BL: Tensor, *, temporal_shift: 
     labelled_BL = labels_BL != ignore_index
     if temporal_shift == 0:
         return labelled_BL
-    continues_BL = torch.zeros_like(labelled_BL)
-    continues_BL[:, :-1] = positions_BL[:, 1:] == positions_BL[:, :-1] + 1
-    return labelled_BL & continues_BL
+    return labelled_BL & has_next_token(positions_BL)
 
 
 def chunk_order(num_ranks: int, chunks_per_rank: int) -> list[list[int]]:

@@ -89,10 +89,8 @@ class AuxiliaryLoss(ChunkedLoss):
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         super().__init__(config, compile_config=compile_config)
         self.objective = build_objective(config.nitp)
-        if self.objective.fn is not None:
-            self.fn = self.objective.fn
-            self._maybe_compile(compile_config)
-            self.objective.fn = self.fn
+        if compile_config is not None and compile_config.enable and "loss" in compile_config.components:
+            self.objective.compile(compile_config.backend)
 
     def attach(self, projector: nn.Module | None, *, num_microbatches: int, device: torch.device) -> None:
         """Give the loss its projector and its per-step tensors; once, after the model is built.
@@ -158,9 +156,9 @@ class AuxiliaryLoss(ChunkedLoss):
             newest = torch.stack([local(ntp).detach().float(), auxiliary, torch.linalg.vector_norm(gradient)])
             self.stats.copy_(torch.cat([newest[None], self.stats[:-1]]))
             total = self._with_gradient(local(h_BLD), gradient.to(h_BLD.dtype), self.weight * auxiliary)
-            for captured_state, gradient in terms.captured_gradients():
+            for captured_state, its_gradient in terms.captured_gradients():
                 # Its value is in the loss already.
-                total = total + self._with_gradient(captured_state, gradient, torch.zeros_like(auxiliary))
+                total = total + self._with_gradient(captured_state, its_gradient, torch.zeros_like(auxiliary))
             return ntp + _placed_as(ntp, total), metrics
 
     def _with_gradient(self, state: Tensor, gradient: Tensor, value: Tensor) -> Tensor:

@@ -48,13 +48,11 @@ class NITP(Objective):
     """
 
     sites = (TARGET, PROJECTED)
-    fn: Callable[..., Tensor]
 
     def __init__(self, settings: NITPConfig):
         super().__init__(settings)
-        self.target_layer = settings.target_layer
         self.distance = find_distance(settings.loss)
-        self.fn = nitp_loss_sum
+        self.loss_sum: Callable[..., Tensor] = nitp_loss_sum
 
     def module_config(self, dim: int) -> "NITPModule.Config":
         """As `Objective.module_config`: a SwiGLU projector of 12 dim^2 parameters at its default width (App. G.2)."""
@@ -70,7 +68,7 @@ class NITP(Objective):
         return NITPModule.Config(
             projector=projector,
             target=target,
-            target_layer=self.target_layer,
+            target_layer=self.settings.target_layer,
             stop_gradient=self.settings.stop_gradient,
         )
 
@@ -79,6 +77,10 @@ class NITP(Objective):
         return valid_positions(
             positions_BL, labels_BL, temporal_shift=self.settings.temporal_shift, ignore_index=IGNORE_INDEX
         ).sum()
+
+    def compile(self, backend: str) -> None:
+        """As `Objective.compile`: the sum over a chunk."""
+        self.loss_sum = torch.compile(self.loss_sum, backend=backend)
 
     def microbatch(self, batch: Microbatch) -> "NITPTerms":
         """As `Objective.microbatch`; ``captured`` is what `ImplicitTarget.forward` returns."""
@@ -101,7 +103,7 @@ class NITPTerms(MicrobatchTerms):
             self.batch.observer.observe(PROJECTED, prediction_BLD, self.batch.labels_BL, start=chunk.start)
         target_BLD = next_implicit_tokens(self.z_BLD, self.halo_BKD, chunk.start, chunk.stop)
         valid_BL = self.valid_BL[:, chunk] & (labels_BL != IGNORE_INDEX)
-        return self.objective.fn(prediction_BLD, target_BLD, valid_BL, self.objective.distance)
+        return self.objective.loss_sum(prediction_BLD, target_BLD, valid_BL, self.objective.distance)
 
     def captured_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As `MicrobatchTerms.captured_gradients`: the shallow states, without stop-gradient."""

@@ -4,7 +4,7 @@ Suffixes: B batch, L (local) length, D model dim.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,12 +94,6 @@ class Objective(ABC):
     sites: tuple[str, ...] = ()
     """Hidden states that it shows an observer, besides those of the decoder."""
 
-    target_layer: int | None = None
-    """Layer whose output the decoder captures, 0 for the embedding; None captures nothing."""
-
-    fn: Callable[..., Tensor] | None = None
-    """The part of the sum that `[compile]` of the loss compiles; None for nothing."""
-
     def __init__(self, settings: NITPConfig):
         self.settings = settings
 
@@ -113,6 +107,9 @@ class Objective(ABC):
     @abstractmethod
     def num_terms(self, positions_BL: Tensor, labels_BL: Tensor) -> Tensor:
         """Number of terms in one micro-batch of whole sequences; scalar, int64."""
+
+    def compile(self, backend: str) -> None:  # noqa: B027  (not abstract: most have nothing to compile)
+        """Compile what `[compile]` of the loss is to compile; nothing unless an objective says what."""
 
     @abstractmethod
     def microbatch(self, batch: Microbatch) -> MicrobatchTerms:

@@ -76,8 +76,8 @@ class NITPConfig:
         least = f"at least {1 / dim:.2g}, one hidden unit of the projector for the model's {dim} dimensions"
         self._require("projector_width", self.projector == "none" or round(self.projector_width * dim) >= 1, least)
 
-    def note(self, steps: int) -> str | None:
-        """A remark on these settings in a run of so many steps; None without one."""
+    def untrained_warning(self, steps: int) -> str | None:
+        """A line for a run of so many steps that never trains the objective; None for any other."""
         if not self.enabled or self.start_step < steps:
             return None
         return f"[nitp] start_step = {self.start_step} of {steps} [training] steps: NITP is measured and never trained."

@@ -18,7 +18,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint.initial_load import check_initial_load
-from nitp_titan.checkpoint.resume import has_ended
+from nitp_titan.checkpoint.resume import check_resume
 from nitp_titan.config.parallelism import check_parallelism
 from nitp_titan.config.refusals import upstream_refusals
 from nitp_titan.config.trained import overridden, trained
@@ -92,16 +92,16 @@ def preflight(config: Trainer.Config) -> Plan:
 def _plan_start(config: Trainer.Config, spec: ModelSpec) -> ResumePlan:
     """Check what a config names on this machine's disks, and find out how training starts."""
     check_sources(config)
-    if (note := config.nitp.note(config.training.steps)) is not None:
-        logger.warning(note)
+    if (warning := config.nitp.untrained_warning(config.training.steps)) is not None:
+        logger.warning(warning)
     # Built once for all checks; a run without checkpoints needs none of them.
     built = overridden(config, spec)
     tensors = meta_tensors(built) if config.checkpoint.enable else {}
-    check_run(config, spec, tensors)
+    _check_run(config, spec, tensors)
     check_last_save(config, spec, tensors)
     plan = plan_resume(config)
     if not plan.archived:
-        plan = dataclasses.replace(plan, finished=has_ended(config, tensors, plan.from_step))
+        plan = dataclasses.replace(plan, finished=check_resume(config, tensors, plan.from_step))
     if plan.from_step is None:
         config = check_initial_load(config, spec, tensors)
     return dataclasses.replace(plan, initial_load_path=config.checkpoint.initial_load_path)
@@ -120,7 +120,7 @@ def _join_process_group(config: Trainer.Config) -> None:
         )
 
 
-def check_run(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
+def _check_run(config, spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
     """Raise UserError for what a ``Trainer.Config`` names and is not there, or a folder that cannot take the run.
 
     Args:

@@ -55,7 +55,8 @@ def agree(config: Trainer.Config, plan: ResumePlan | None) -> tuple[list[str], R
         # Not a barrier, which for NCCL wants to know the device.
         found = [plan and replace(plan, data=None)]
         dist.broadcast_object_list(found, src=0)
-        plan = plan or found[0]
+        if dist.get_rank() != 0:
+            plan = found[0]
     return hosts, plan
 
 

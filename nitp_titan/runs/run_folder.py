@@ -20,6 +20,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from nitp_titan.checkpoint.steps import complete_steps
+from nitp_titan.checkpoint.stored import RESOLVED
 from nitp_titan.config import recipe
 from nitp_titan.config.build import tables_of
 from nitp_titan.config.tables import changes, default_of, entries, Tables
@@ -30,7 +31,6 @@ from nitp_titan.runs import provenance
 from nitp_titan.runs.data_facts import compare, data_facts, with_documents
 from nitp_titan.step_files import last_step, later_lines, set_damaged_aside, STEP_FILES
 
-_RESOLVED = "resolved.toml"
 _DATA = "data.json"
 _METRICS = "metrics.jsonl"
 _STARTS = "starts.jsonl"
@@ -200,7 +200,7 @@ def plan_resume(config: Trainer.Config) -> ResumePlan:
     new = ResumePlan(folder, data=data_facts(config), wandb_id=given_id or uuid.uuid4().hex[:8])
     if config.overwrite:
         _check_overwrite(config, [place.resolve() for place in (folder, checkpoints) if place is not None], new.data)
-    if not (steps or (folder / _RESOLVED).exists() or (folder / _METRICS).exists()):
+    if not (steps or (folder / RESOLVED).exists() or (folder / _METRICS).exists()):
         return replace(new, message="--resume: there is no run yet, a new one starts" if config.resume else "")
 
     if config.overwrite and not (_restarted(folder) and _changed(config) == {}):
@@ -264,7 +264,7 @@ def _changed(config: Trainer.Config) -> dict[str, list[Any]] | None:
         return None
     if unknown := [table for table in before if isinstance(before[table], dict) and table not in tables]:
         raise UserError(
-            f"{folder} holds a run of another version of nitp-titan: its {_RESOLVED} has a table [{unknown[0]}] "
+            f"{folder} holds a run of another version of nitp-titan: its {RESOLVED} has a table [{unknown[0]}] "
             f"(CHANGELOG.md has the new names). {_WAYS_OUT.capitalize()}."
         )
     return changes(identity(_with_defaults(before, config)), identity(tables))
@@ -359,7 +359,7 @@ _WAYS_OUT = "choose another --dump_folder, or set the old run aside with --overw
 
 def _refusal(folder: Path, changed: dict | None, *, resume: bool, none: bool) -> str:
     if changed is None:
-        differs = f"{folder} holds a run without a readable {_RESOLVED}, so that it may be of another recipe"
+        differs = f"{folder} holds a run without a readable {RESOLVED}, so that it may be of another recipe"
     else:
         differs = f"{folder} holds another run: {changes_text(changed)}"
     if none:
@@ -425,7 +425,7 @@ def _data_of(folder: Path, step: int | None) -> dict[str, Any]:
 
 def _read_resolved(folder: Path) -> Tables | None:
     try:
-        tables = tomli.loads((folder / _RESOLVED).read_text(encoding="utf-8"))
+        tables = tomli.loads((folder / RESOLVED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return tables if tables.pop("resolved", False) is True else None
@@ -436,7 +436,7 @@ def write_resolved(config: Trainer.Config, folder: Path) -> None:
     tables = tables_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     head = "# The resolved configuration of a run; torchrun ... -m nitp_titan.train --recipe <this file>\n"
-    write_atomically(folder / _RESOLVED, head + tomli_w.dumps({"resolved": True, **tables}))
+    write_atomically(folder / RESOLVED, head + tomli_w.dumps({"resolved": True, **tables}))
     write_atomically(folder / "resolved.json", json.dumps(tables, indent=2) + "\n")
 
 

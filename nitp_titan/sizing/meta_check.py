@@ -110,7 +110,7 @@ def _result(job: Check) -> dict[str, Any]:
         else None,
         **dataclasses.asdict(counts),
         "nitp_overhead": counts.nitp_overhead,
-        "note": config.nitp.note(training.steps),
+        "note": config.nitp.untrained_warning(training.steps),
         "ranks": machine.num_ranks,
         "device": machine.device,
         "rank_parameters": local,

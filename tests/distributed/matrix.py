@@ -53,7 +53,7 @@ class Layout:
     """Layout on one rank with the same results; its own name if it is one."""
 
     entries: dict[str, str]
-    """Rows of the README's table and the label in each; empty for a reference."""
+    """Rows of the table in tests/README.md and the label in each; empty for a reference."""
 
     gradient: float
     """Relative tolerance of the float64 gradient norms."""

@@ -8,7 +8,7 @@ COMPARED = [layout for layout in LAYOUTS.values() if layout.entries]
 
 
 def _in_table(layout: Layout):
-    """The layout as a test parameter that knows its places in the README's table."""
+    """The layout as a test parameter that knows its places in the table of tests/README.md."""
     rounded = f" (within {layout.gradient:g})" if layout.gradient > 1e-6 else ""
     column = COLUMNS.get(layout.model, layout.model)
     marks = [pytest.mark.technique(row, column, label + rounded) for row, label in layout.entries.items()]

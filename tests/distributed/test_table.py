@@ -1,4 +1,4 @@
-"""The README's table of parallelism is what the suite holds."""
+"""The table of parallelism in tests/README.md is what the suite holds."""
 
 import re
 import subprocess

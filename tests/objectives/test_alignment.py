@@ -4,8 +4,8 @@ import torch
 from nitp_titan.objectives.alignment import has_next_token, next_implicit_tokens, valid_positions
 
 
-def _at_end(z_BLD: torch.Tensor, value: float = 0.0, runs: int = 1) -> torch.Tensor:
-    return torch.full((len(z_BLD), runs, z_BLD.shape[2]), value)
+def _at_end(z_BLD: torch.Tensor, value: float = 0.0, chunks: int = 1) -> torch.Tensor:
+    return torch.full((len(z_BLD), chunks, z_BLD.shape[2]), value)
 
 
 def test_implicit_tokens_stop_at_document_borders():
@@ -29,12 +29,12 @@ def test_the_last_position_takes_the_state_that_follows_on_another_rank():
         assert valid_BL.tolist() == [[True, valid]]
 
 
-@pytest.mark.parametrize("runs", [1, 2])
-def test_chunks_of_implicit_tokens_are_parts_of_the_whole(runs):
-    """Cut anywhere, also across the border of two runs, whose last positions have other successors."""
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_chunks_of_implicit_tokens_are_parts_of_the_whole(chunks):
+    """Cut anywhere, also across the border of two chunks, whose last positions have other successors."""
     z_BLD = torch.arange(8.0).reshape(1, 8, 1)
-    following_BRD = torch.tensor([[[100.0], [200.0]]])[:, :runs]
-    whole = [1, 2, 3, 4, 5, 6, 7, 100] if runs == 1 else [1, 2, 3, 100, 5, 6, 7, 200]
+    following_BRD = torch.tensor([[[100.0], [200.0]]])[:, :chunks]
+    whole = [1, 2, 3, 4, 5, 6, 7, 100] if chunks == 1 else [1, 2, 3, 100, 5, 6, 7, 200]
     assert next_implicit_tokens(z_BLD, following_BRD).flatten().tolist() == whole
     for start in range(8):
         for end in range(start + 1, 9):

@@ -1,4 +1,5 @@
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from nitp_titan.objectives.distances import (
     nitp_loss_sum,
     smooth_l1_loss,
 )
+from nitp_titan.objectives.registry import OBJECTIVES
+from nitp_titan.objectives.settings import LOSS_NAMES, NITPConfig
 
 SIZES = [0.0, 1e-40, 2e-38, 1e-25, 1e-10, 1.0, 1e10, 1e25, 3e38]
 
@@ -41,6 +44,11 @@ def test_losses_have_the_values_of_their_closed_forms():
     teacher, student = (math.exp(4) / (math.exp(4) + math.exp(-3)), math.exp(3) / (math.exp(3) + math.exp(4)))
     kl = teacher * math.log(teacher / student) + (1 - teacher) * math.log((1 - teacher) / (1 - student))
     assert kl_loss(x, y).item() == pytest.approx(kl, rel=1e-5)
+
+
+def test_settings_know_all_distances_and_objectives_though_they_import_no_torch():
+    assert list(DISTANCES) == list(LOSS_NAMES)
+    assert list(OBJECTIVES) == list(get_args(get_type_hints(NITPConfig)["objective"]))
 
 
 @pytest.mark.parametrize("loss", DISTANCES)

@@ -54,6 +54,17 @@ def test_a_node_that_sees_another_checkpoint_differs(start):
     assert ranks.differences(first, mine) == "checkpoint to resume from = not set, rank 0 has 20"
 
 
+def test_the_first_rank_of_every_node_follows_the_plan_of_rank_0(start, assets, tmp_path, monkeypatch):
+    """Each of them draws an id of its own for Weights & Biases, and may log there."""
+    of_rank_0 = dataclasses.replace(start, wandb_id="of rank 0", finished=True, data=None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "check_ranks_agree", lambda settings, facts: ["a", "b"])
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", lambda found, src: found.__setitem__(0, of_rank_0))
+    config = make_config(tmp_path / "run", generated_data=False)
+    assert start.wandb_id != "of rank 0" and ranks.agree(config, start) == (["a", "b"], of_rank_0)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
