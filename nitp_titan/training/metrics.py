@@ -75,6 +75,8 @@ class NITPMetrics(MetricsProcessor):
         if kwargs.get("pp_schedule") == "DualPipeV":
             # Its last stage is on rank 0 too, which TorchTitan knows of the other V-shaped schedule only.
             kwargs["pp_schedule"] = "ZBVZeroBubble"
+        self.rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=kwargs.get("pp_schedule", "1F1B"))
+        """The one that writes."""
         super().__init__(config, dump_folder=dump_folder, parallel_dims=parallel_dims, **kwargs)
         self.last_step = kwargs["config_dict"]["training"]["steps"]
         self.global_losses: Callable[[], Tensor] | None = None
@@ -84,8 +86,6 @@ class NITPMetrics(MetricsProcessor):
         self.console: ConsoleLogger | None = None
         self.num_skipped = 0
         """Steps that the run has left out; known to the rank that writes."""
-        self.rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=kwargs.get("pp_schedule", "1F1B"))
-        """The one that writes."""
         if torch.distributed.get_rank() == self.rank:
             self._add_local_loggers(Path(dump_folder))
 
@@ -95,8 +95,7 @@ class NITPMetrics(MetricsProcessor):
         built = super()._build_metric_logger(config=others, dump_folder=dump_folder, **kwargs)
         self.tensorboard: TensorBoard | None = None
         rank = torch.distributed.get_rank()
-        metrics_rank = _get_metrics_rank(parallel_dims=kwargs["parallel_dims"], pp_schedule=kwargs["pp_schedule"])
-        if not config.enable_tensorboard or not (config.save_for_all_ranks or rank == metrics_rank):
+        if not config.enable_tensorboard or not (config.save_for_all_ranks or rank == self.rank):
             return built
         folder = Path(dump_folder) / config.save_tb_folder
         self.tensorboard = TensorBoard(folder / f"rank_{rank}" if config.save_for_all_ranks else folder)

@@ -97,7 +97,7 @@ class NITPTrainer(Trainer):
         with upstream_refusals():
             super().__init__(plan.config)
         self.plan = plan
-        # On the CPU, so that no device waits while ranks agree on a stop or on the end of the data.
+        # So that no device waits while ranks agree on a stop or on the end of the data, in training and validation.
         self.cpu_group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self.stop = PreemptionSignal(self.cpu_group)
         self.stopped = self._validates_again = False
@@ -175,6 +175,7 @@ class NITPTrainer(Trainer):
             self.dataloader.any_rank = lambda found: bool(ranks.largest(found, self.cpu_group))
         if self.config.validator.enable:
             self.validator.attach(
+                cpu_group=self.cpu_group,
                 last_step=self.config.training.steps,
                 batches_per_step=self.gradient_accumulation_steps,
                 tracker=self.tracker,

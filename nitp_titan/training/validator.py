@@ -67,17 +67,15 @@ class NITPValidator(Validator):
         super().__init__(dataclasses.replace(config, steps=1), **kwargs)
         self.config = config
         self.tracker: GeometryTracker | None = None
-        self.last_step, self.num_measured = None, 0
+        self.last_step: int | None = None
+        self.num_measured = 0
         self.stopped = False
         """Whether a validation has ended early, since a rank was told to stop; the same on all ranks."""
-        # On the CPU: nothing waits on a device while a rank waits for its data.
-        self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        # `Validator.validate` builds its loader from this.
-        self.dl_config = ValidationData(config.dataloader, self.group, self._microbatches_per_batch())
 
     def attach(
         self,
         *,
+        cpu_group: dist.ProcessGroup | None,
         last_step: int,
         batches_per_step: int,
         tracker: GeometryTracker | None,
@@ -86,13 +84,17 @@ class NITPValidator(Validator):
         """Take in what only the trainer knows.
 
         Args:
+            cpu_group: of all ranks, so that no device waits while a rank waits for its data; None for one rank.
             last_step: of training; it is validated too.
             batches_per_step: batches of a rank that make up its share of a global batch.
             tracker: of geometry; None measures none.
             told_to_stop: whether this rank was told to stop training.
         """
         self.last_step, self.tracker = last_step, tracker
-        self.dl_config.told_to_stop = told_to_stop
+        # `Validator.validate` builds its loader from this.
+        self.dl_config = ValidationData(
+            self.config.dataloader, cpu_group, self._microbatches_per_batch(), told_to_stop=told_to_stop
+        )
         if tracker is not None:
             self.num_measured = tracker.settings.validation_batches * batches_per_step * self._microbatches_per_batch()
         if self.config.steps != -1:
@@ -145,6 +147,7 @@ class ValidationData:
         config: of the data loader.
         group: CPU group of all ranks; None for a run of one rank.
         num_microbatches: batches that are taken together, as many as a pipeline schedule takes.
+        told_to_stop: whether this rank was told to stop; asked before each batch.
         pauses: seconds between tries of a source that does not answer.
         sleep: waits for so many seconds.
     """
@@ -155,14 +158,15 @@ class ValidationData:
         group: dist.ProcessGroup | None,
         num_microbatches: int,
         *,
+        told_to_stop: Callable[[], bool] = lambda: False,
         pauses: tuple[float, ...] = PAUSES,
         sleep: Callable[[float], None] = time.sleep,
     ):
         self.config, self.group, self.num_microbatches = config, group, num_microbatches
-        self.pauses, self.sleep = pauses, sleep
-        self.told_to_stop: Callable[[], bool] = lambda: False
-        """Whether this rank was told to stop; asked before each batch."""
+        self.told_to_stop, self.pauses, self.sleep = told_to_stop, pauses, sleep
+        self._options: dict[str, Any] = {}
         self._loader: BaseDataLoader | None = None
+        self._iterator: Iterator[Batches] | None = None
 
     def build(self, **options: Any) -> "ValidationData":
         """As a config's ``build``; the loader is built at the first batch, so that its errors are waited for."""
@@ -195,7 +199,7 @@ class ValidationData:
             yield self._nothing()
 
     def _rewind(self) -> None:
-        self._iterator: Iterator[Batches] | None = None
+        self._iterator = None
         if isinstance(self._loader, TextDataLoader):
             self._loader.rewind()
         else:
