@@ -32,15 +32,22 @@ class ProcessTree:
             raise UserError("this needs /proc, which Linux has, to find the processes that it starts.")
         mark = secrets.token_hex(8)
         self._mark = f"{_MARK}={mark}".encode()
-        with log.open("wb") as output:
-            self.root = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=os.environ | variables | {_MARK: mark},
-            )
+        self.root: subprocess.Popen | None = None
+        try:
+            with log.open("wb") as output:
+                self.root = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=os.environ | variables | {_MARK: mark},
+                )
+        except BaseException:
+            # Interrupted when the command runs already, and before this can be used as a context.
+            for pid in self.processes():
+                self.kill(pid)
+            raise
 
     def __enter__(self) -> "ProcessTree":
         return self
