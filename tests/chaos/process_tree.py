@@ -32,7 +32,6 @@ class ProcessTree:
             raise UserError("this needs /proc, which Linux has, to find the processes that it starts.")
         mark = secrets.token_hex(8)
         self._mark = f"{_MARK}={mark}".encode()
-        self.root: subprocess.Popen | None = None
         try:
             with log.open("wb") as output:
                 self.root = subprocess.Popen(
